@@ -1,0 +1,253 @@
+"""Compare integration methods on labelled data sets by scib-metrics, over several seeds.
+
+Each (data set, method, seed) gives one JSON line with the scib-metrics scores and the wall seconds from counts to
+embedding. A line that is there already is not computed again. ``--table`` prints what is on file as Markdown.
+
+    python benchmarks/integration.py --methods pca harmony scvi scvi2 cellplm
+    python benchmarks/integration.py --table
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import scanpy as sc
+from _common import DATA_DIR, RESULTS_DIR, ResultFile, Row, markdown_table, read_dataset, seed_everything, timed, versions
+from sklearn.model_selection import train_test_split
+from sklearn.neighbors import NearestNeighbors
+
+BATCH, LABEL, LIBRARY = "batch", "cell_type", "n_counts_all_genes"
+KEY = ("dataset", "method", "seed", "kwargs")
+PACKAGES = ("scvi-tools", "scib-metrics", "harmonypy", "scanpy", "torch")
+
+
+@dataclass(frozen=True)
+class Task:
+    """How a data set becomes an integration task.
+
+    Parameters
+    ----------
+    batch_key
+        Column of ``obs`` to integrate over.
+    n_top_genes
+        Number of highly variable genes (``seurat_v3``, on counts, within batches) that every method gets;
+        ``None`` keeps all genes.
+    n_cells
+        Size of the subset of cells, stratified by batch and independent of the seed; ``None`` keeps all cells.
+    """
+
+    batch_key: str
+    n_top_genes: int | None = None
+    n_cells: int | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says about fitting."""
+
+    threads: int
+    accelerator: str
+    size_factor: bool
+    cellplm_kwargs: dict[str, Any]
+    train_kwargs: dict[str, Any]
+
+
+TASKS = {
+    "pbmc_3chemistries_symphony": Task("batch"),
+    "kang2018_ifnb_stim_ctrl": Task("condition", n_top_genes=2000),
+    "kang2018_ctrl_8donors": Task("batch", n_cells=4000),
+}
+
+
+def load_task(folder: Path, name: str) -> ad.AnnData:
+    """Return the cells and genes that every method gets: counts in ``X``, ``obs[BATCH]`` and ``obs[LABEL]``."""
+    task = TASKS[name]
+    adata = read_dataset(folder, name)
+    adata.obs[BATCH] = adata.obs[task.batch_key].astype(str).astype("category")
+    if task.n_cells is not None:
+        kept, _ = train_test_split(
+            np.arange(adata.n_obs), train_size=task.n_cells, stratify=adata.obs[BATCH], random_state=0
+        )
+        adata = adata[np.sort(kept)].copy()
+    if task.n_top_genes is not None:
+        sc.pp.highly_variable_genes(adata, n_top_genes=task.n_top_genes, flavor="seurat_v3", batch_key=BATCH)
+        adata = adata[:, adata.var["highly_variable"]].copy()
+    return adata
+
+
+def embed_pca(adata: ad.AnnData) -> np.ndarray:
+    """Return 50 principal components ``(n_cells, 50)`` of log1p counts per 10,000."""
+    normalised = ad.AnnData(adata.X.copy())
+    sc.pp.normalize_total(normalised, target_sum=1e4)
+    sc.pp.log1p(normalised)
+    sc.pp.pca(normalised, n_comps=50, svd_solver="arpack", random_state=0)
+    return np.asarray(normalised.obsm["X_pca"])
+
+
+def embed_harmony(adata: ad.AnnData, seed: int, options: Options) -> np.ndarray:
+    """Return the principal components after Harmony."""
+    import harmonypy
+
+    harmony = harmonypy.run_harmony(
+        embed_pca(adata), adata.obs, BATCH, random_state=seed, ncores=options.threads, verbose=False
+    )
+    corrected = np.asarray(harmony.Z_corr)
+    return corrected if corrected.shape[0] == adata.n_obs else corrected.T
+
+
+def embed_scvi(adata: ad.AnnData, seed: int, options: Options, **model_kwargs: Any) -> np.ndarray:
+    """Return scVI's latent means; training as scVI does it by default."""
+    import scvi
+
+    seed_everything(seed, options.threads)
+    scvi.model.SCVI.setup_anndata(adata, batch_key=BATCH)
+    model = scvi.model.SCVI(adata, **model_kwargs)
+    model.train(accelerator=options.accelerator, devices=1, enable_progress_bar=False)
+    return model.get_latent_representation()
+
+
+def embed_cellplm(adata: ad.AnnData, seed: int, options: Options) -> np.ndarray:
+    """Return CellPLM's latent means, trained from scratch."""
+    from cellplm_scvi import CellPLM
+
+    seed_everything(seed, options.threads)
+    library = LIBRARY if options.size_factor and LIBRARY in adata.obs else None
+    CellPLM.setup_anndata(adata, batch_key=BATCH, size_factor_key=library)
+    model = CellPLM(adata, **options.cellplm_kwargs)
+    model.train(
+        **{"accelerator": options.accelerator, "devices": 1, "enable_progress_bar": False, **options.train_kwargs}
+    )
+    return model.get_latent_representation()
+
+
+METHODS: dict[str, Callable[[ad.AnnData, int, Options], np.ndarray]] = {
+    "pca": lambda adata, seed, options: embed_pca(adata),
+    "harmony": embed_harmony,
+    "scvi": embed_scvi,
+    "scvi2": partial(embed_scvi, n_layers=2, n_latent=30, gene_likelihood="nb"),
+    "cellplm": embed_cellplm,
+}
+SEEDLESS = {"pca"}
+TITLES = {
+    "pca": "HVG + PCA",
+    "harmony": "Harmony",
+    "scvi": "scVI",
+    "scvi2": "scVI (2 layers, 30 latent, NB)",
+    "cellplm": "CellPLM",
+}
+
+
+def exact_neighbors(embedding: np.ndarray, n_neighbors: int) -> Any:
+    """Return exact Euclidean neighbours, the cell itself first, so that scores follow from the embedding alone."""
+    from scib_metrics.nearest_neighbors import NeighborsResults
+
+    distances, indices = NearestNeighbors(n_neighbors=n_neighbors, n_jobs=2).fit(embedding).kneighbors(embedding)
+    return NeighborsResults(indices=indices, distances=distances)
+
+
+def score(adata: ad.AnnData, embedding: np.ndarray, unintegrated: np.ndarray) -> dict[str, float]:
+    """Return scib-metrics' standard set, not rescaled, with its total of 0.4 batch correction + 0.6 bio conservation.
+
+    ``Leiden ARI`` and ``Leiden NMI`` (best of ten resolutions) are given as well; they are not part of the total.
+    """
+    from scib_metrics import nmi_ari_cluster_labels_leiden
+    from scib_metrics.benchmark import Benchmarker
+
+    holder = ad.AnnData(
+        obs=adata.obs[[BATCH, LABEL]].copy(), obsm={"embedding": np.asarray(embedding), "before": unintegrated}
+    )
+    benchmarker = Benchmarker(
+        holder, BATCH, LABEL, ["embedding"], pre_integrated_embedding_obsm_key="before", n_jobs=2, progress_bar=False
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="PCR comparison score is negative")
+        benchmarker.prepare(neighbor_computer=exact_neighbors)
+        benchmarker.benchmark()
+    scores = benchmarker.get_results(min_max_scale=False).loc["embedding"].astype(float).to_dict()
+    leiden = nmi_ari_cluster_labels_leiden(exact_neighbors(embedding, 15), adata.obs[LABEL].to_numpy())
+    scores |= {f"Leiden {name.upper()}": float(value) for name, value in leiden.items()}
+    return {name: round(value, 6) for name, value in scores.items()}
+
+
+def method_kwargs(method: str, options: Options) -> dict[str, Any]:
+    """Return what sets a CellPLM variant apart on file; empty for the other methods and for the defaults."""
+    if method != "cellplm":
+        return {}
+    size_factor = {"size_factor": True} if options.size_factor else {}
+    return {**options.cellplm_kwargs, **options.train_kwargs, **size_factor}
+
+
+def run(args: argparse.Namespace, options: Options, results: ResultFile) -> None:
+    """Compute and append every result that is not on file."""
+    for name in args.datasets:
+        adata = load_task(args.data, name)
+        unintegrated = embed_pca(adata)
+        for method in args.methods:
+            for seed in args.seeds[:1] if method in SEEDLESS else args.seeds:
+                row: Row = {"dataset": name, "method": method, "seed": seed, "kwargs": method_kwargs(method, options)}
+                if row in results:
+                    continue
+                embedding, seconds = timed(partial(METHODS[method], adata.copy(), seed, options))
+                scores = score(adata, embedding, unintegrated)
+                row |= {"seconds": round(seconds, 2), "contended": args.contended, "threads": options.threads}
+                row |= {"accelerator": options.accelerator, "n_cells": adata.n_obs, "n_genes": adata.n_vars}
+                results.append({**row, **scores, "versions": versions(*PACKAGES)})
+                print(f"{name} {method} seed {seed}: total {scores['Total']:.3f}, {seconds:.1f} s", flush=True)
+
+
+def table(rows: list[Row], datasets: list[str]) -> str:
+    """Return the Markdown table: mean ± standard deviation over seeds."""
+    columns = {
+        "Total": ("total", 3),
+        "Bio conservation": ("bio", 3),
+        "Batch correction": ("batch correction", 3),
+        "Leiden ARI": ("Leiden ARI", 3),
+        "seconds": ("seconds", 0),
+    }
+    wanted = [{**row, "method": TITLES[row["method"]]} for row in rows if row["dataset"] in datasets]
+    contended = any(row["contended"] for row in wanted)
+    text = markdown_table(wanted, ("dataset", "method", "kwargs"), columns, [*TASKS, *TITLES.values()])
+    return text + ("\n\nSome seconds were measured while other programs ran." if contended else "")
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=DATA_DIR, help="folder of the .h5ad files")
+    parser.add_argument("--out", type=Path, default=RESULTS_DIR / "integration", help="file of JSON lines")
+    parser.add_argument("--datasets", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--cellplm-kwargs", type=json.loads, default={}, help="JSON for CellPLM(adata, ...)")
+    parser.add_argument("--train-kwargs", type=json.loads, default={}, help="JSON for CellPLM.train(...)")
+    parser.add_argument("--size-factor", action="store_true", help=f"CellPLM takes obs[{LIBRARY!r}] where it is there")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--accelerator", default="cpu")
+    parser.add_argument("--contended", action="store_true", help="note that other programs ran: times are not final")
+    parser.add_argument("--table", action="store_true", help="print the Markdown table of what is on file, run nothing")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run what is missing, or print the table."""
+    args = parse_args()
+    results = ResultFile(args.out, KEY)
+    if not args.table:
+        logging.getLogger("scib_metrics").setLevel(logging.WARNING)
+        options = Options(args.threads, args.accelerator, args.size_factor, args.cellplm_kwargs, args.train_kwargs)
+        run(args, options, results)
+    print(table(results.rows(), args.datasets))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""Every private import of other packages, and what works around their known defects."""
+
+from __future__ import annotations
+
+import warnings
+
+from anndata.abc import CSCDataset, CSRDataset
+from scvi._types import AnnOrMuData
+from scvi.data._constants import _SCVI_UUID_KEY as SCVI_UUID_KEY
+from scvi.data._utils import _check_if_view as copy_if_view
+from scvi.model._utils import _get_batch_code_from_category as batch_codes
+from scvi.model._utils import use_distributed_sampler
+from scvi.module.base._decorators import _move_data_to_device as move_to_device
+from scvi.utils._docstrings import devices_dsp, setup_anndata_dsp
+
+# torch says at the first use in a process that its CSR layout is in beta; the two operations used here are tested.
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta", category=UserWarning)
+warnings.filterwarnings("ignore", message="Sparse CSC tensor support is in beta", category=UserWarning)
+warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled", category=UserWarning)
+
+__all__ = [
+    "SCVI_UUID_KEY",
+    "AnnOrMuData",
+    "CSCDataset",
+    "CSRDataset",
+    "batch_codes",
+    "copy_if_view",
+    "devices_dsp",
+    "move_to_device",
+    "setup_anndata_dsp",
+    "use_distributed_sampler",
+]

@@ -1,0 +1,153 @@
+"""Checks of what a user hands in; each message says what was found, where, and what to do."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+
+import h5py
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from anndata import AnnData
+from scvi import settings
+
+from .._compat import CSCDataset, CSRDataset
+
+CHUNK_ROWS = 4096
+
+
+def warn(message: str) -> None:
+    """Warn at the user's line."""
+    warnings.warn(message, UserWarning, stacklevel=settings.warnings_stacklevel + 1)
+
+
+def some(names: Sequence[object] | np.ndarray | pd.Index, most: int = 3) -> str:
+    """The first names in quotes: ``"A", "B", "C", ...``."""
+    shown = ", ".join(f'"{name}"' for name in list(names[:most]))
+    return shown + (", ..." if len(names) > most else "")
+
+
+def value_chunks(x: object) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield stored values of a matrix, dense or sparse, in memory or backed, with the first row of each chunk."""
+    if sp.issparse(x):
+        yield 0, x.data
+    elif isinstance(x, CSRDataset | CSCDataset):
+        for start in range(0, x.shape[0], CHUNK_ROWS):
+            yield start, x[start : start + CHUNK_ROWS].data
+    elif isinstance(x, np.ndarray | h5py.Dataset):
+        for start in range(0, x.shape[0], CHUNK_ROWS):
+            yield start, np.asarray(x[start : start + CHUNK_ROWS]).ravel()
+    else:
+        raise TypeError(
+            f"Counts of type {type(x).__module__}.{type(x).__name__} are not supported. Pass a NumPy array, a SciPy "
+            "sparse matrix or array, or a backed AnnData."
+        )
+
+
+def check_counts(x: object, where: str) -> None:
+    """Raise unless every value is a finite, non-negative whole number.
+
+    Parameters
+    ----------
+    x
+        Matrix of counts, (n_cells, n_genes).
+    where
+        Its name in messages.
+    """
+    for _, values in value_chunks(x):
+        if values.dtype.kind in "ub":
+            continue
+        if values.dtype.kind not in "if":
+            raise TypeError(f"{where} holds values of dtype {values.dtype}; counts are needed.")
+        if values.size == 0:
+            continue
+        low, high = values.min(), values.max()  # NaN propagates to both
+        if not (np.isfinite(low) and np.isfinite(high)):
+            n = int((~np.isfinite(values)).sum())
+            raise ValueError(f"{where} has {n:,} missing or infinite value{'s' * (n > 1)}. Counts must be finite.")
+        if low < 0:
+            n = int((values < 0).sum())
+            raise ValueError(
+                f"{where} has {n:,} negative value{'s' * (n > 1)} (lowest {low:g}): is it scaled or corrected data? "
+                "Pass raw counts, for example with `layer=`."
+            )
+        if values.dtype.kind == "f":
+            fraction = values != np.rint(values)
+            if fraction.any():
+                raise ValueError(_fractional(values, fraction, where, high))
+
+
+def _fractional(values: np.ndarray, fraction: np.ndarray, where: str, high: float) -> str:
+    share = fraction.mean()
+    if high < 25 and share > 0.5:
+        guess = (
+            f"it looks log-normalised (largest value {high:.3g}, {share:.0%} of the values are fractions). Pass the raw "
+            'counts, for example `layer="counts"`, or `adata.raw.to_adata()` if they are kept there.'
+        )
+    else:
+        guess = (
+            f"{int(fraction.sum()):,} values are fractions (such as {values[fraction][0]:g}). Pass raw counts; if these "
+            "are estimated counts, round them first."
+        )
+    return f"{where} does not hold counts: {guess}"
+
+
+def check_names(adata: AnnData) -> None:
+    """Raise on no cells, no genes or ambiguous genes; warn of ambiguous cells."""
+    if adata.n_obs == 0 or adata.n_vars == 0:
+        raise ValueError(f"The AnnData is empty: it has {adata.n_obs} cells and {adata.n_vars} genes.")
+    if not adata.var_names.is_unique:
+        names = adata.var_names[adata.var_names.duplicated()].unique()
+        raise ValueError(
+            f"var_names has {len(names):,} gene name{'s' * (len(names) > 1)} more than once ({some(names)}). Genes are "
+            "matched by name: call `adata.var_names_make_unique()`, or sum the rows of each gene, first."
+        )
+    if not adata.obs_names.is_unique:
+        names = adata.obs_names[adata.obs_names.duplicated()].unique()
+        warn(
+            f"obs_names has {len(names):,} cell name{'s' * (len(names) > 1)} more than once ({some(names)}). Results "
+            "keep the order of the rows, but cannot be joined by name; `adata.obs_names_make_unique()` mends it."
+        )
+
+
+def check_column(adata: AnnData, key: str, argument: str) -> pd.Series:
+    """The column ``adata.obs[key]``; raise if it is absent."""
+    if key not in adata.obs:
+        raise KeyError(
+            f'{argument}="{key}" is not a column of adata.obs, which has {some(list(adata.obs.columns), 12) or "none"}.'
+        )
+    return adata.obs[key]
+
+
+def check_no_missing(column: pd.Series, key: str) -> None:
+    """Raise if a category is missing."""
+    missing = column.isna().to_numpy()
+    if missing.any():
+        n = int(missing.sum())
+        raise ValueError(
+            f'obs["{key}"] has {n:,} missing value{"s" * (n > 1)} (cells {some(column.index[missing])}). Fill '
+            "them or drop those cells before setup_anndata."
+        )
+
+
+def check_coordinates(coordinates: np.ndarray, key: str, obs_names: pd.Index) -> None:
+    """Raise unless coordinates are (n_cells, 2 or 3), each row finite or all NaN."""
+    if coordinates.ndim != 2 or coordinates.shape[1] not in (2, 3):
+        raise ValueError(
+            f'obsm["{key}"] has shape {coordinates.shape}; coordinates are (n_cells, 2) or (n_cells, 3), such as '
+            f'`adata.obsm["{key}"][:, :2]`.'
+        )
+    if coordinates.dtype.kind not in "iuf":
+        raise TypeError(f'obsm["{key}"] has dtype {coordinates.dtype}; coordinates are numbers.')
+    if coordinates.dtype.kind != "f":
+        return
+    for what, bad in {
+        "infinite coordinates": np.isinf(coordinates).any(1),
+        "coordinates of which only some are NaN": np.isnan(coordinates).any(1) & ~np.isnan(coordinates).all(1),
+    }.items():
+        if bad.any():
+            raise ValueError(
+                f'obsm["{key}"]: {int(bad.sum()):,} cells have {what} (cells {some(obs_names[bad])}). A cell '
+                "without a position has NaN in its whole row."
+            )

@@ -1,0 +1,252 @@
+"""Which cells see each other: whole samples, or slices of samples that exceed the context.
+
+A slice is a function of its sample alone (of coordinates where there are any, else of the counts), never of the order of
+rows, of the other samples or of what a call asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy.spatial import cKDTree
+
+from ._checks import CHUNK_ROWS
+from ._table import CellTable
+
+
+@dataclass(frozen=True)
+class Context:
+    """Cells that attend to each other, and which of them count.
+
+    Parameters
+    ----------
+    rows
+        Row of each cell, (n,).
+    target
+        Whether it counts, (n,); the others are only seen.
+    """
+
+    rows: np.ndarray
+    target: np.ndarray
+
+    def __len__(self) -> int:
+        return self.rows.shape[0]
+
+
+@dataclass(frozen=True)
+class NearestCells:
+    """The k nearest cells of each cell inside its sample.
+
+    Parameters
+    ----------
+    index
+        Rows of the neighbours, (n_cells, k), -1 where there is none.
+    distance
+        Distances in units of the sample's typical spacing of cells, (n_cells, k), float32.
+    """
+
+    index: np.ndarray
+    distance: np.ndarray
+
+
+def rows_by_sample(sample: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
+    """Split rows into those of each sample, keeping their order."""
+    order = np.argsort(sample[rows], kind="stable")
+    _, starts = np.unique(sample[rows][order], return_index=True)
+    return np.split(rows[order], starts[1:])
+
+
+def located(coordinates: np.ndarray | None, rows: np.ndarray) -> np.ndarray:
+    """Which rows have a position, (n,)."""
+    if coordinates is None:
+        return np.zeros(rows.shape[0], dtype=bool)
+    return np.isfinite(coordinates[rows]).all(1)
+
+
+def nearest_cells(coordinates: np.ndarray, samples: Sequence[np.ndarray], n_neighbours: int) -> NearestCells:
+    """The nearest cells within each sample.
+
+    The unit of distance is the sample's median distance to the fifth neighbour, so that coordinates may be in pixels or
+    micrometres.
+    """
+    n_cells = coordinates.shape[0]
+    index = np.full((n_cells, n_neighbours), -1, dtype=np.int64)
+    distance = np.zeros((n_cells, n_neighbours), dtype=np.float32)
+    for rows in samples:
+        rows = rows[located(coordinates, rows)]
+        if rows.shape[0] < 2:
+            continue
+        k = min(n_neighbours + 1, rows.shape[0])
+        far, near = cKDTree(coordinates[rows]).query(coordinates[rows], k=k, workers=-1)
+        # Cells in the same place may list each other before themselves; a cell is never its own neighbour.
+        own = near == np.arange(rows.shape[0])[:, None]
+        own[~own.any(1), -1] = True
+        far, near = far[~own].reshape(-1, k - 1), near[~own].reshape(-1, k - 1)
+        unit = np.median(far[:, min(4, k - 2)])
+        unit = unit if unit > 0 else max(float(far.max()), 1.0)
+        index[rows, : k - 1] = rows[near]
+        distance[rows, : k - 1] = far / unit
+    return NearestCells(index, distance)
+
+
+def tiles(coordinates: np.ndarray, max_size: int, rng: np.random.Generator | None = None) -> list[np.ndarray]:
+    """Cut cells into compact tiles of at most ``max_size`` by halving across the widest direction.
+
+    Parameters
+    ----------
+    coordinates
+        (n, n_dims), finite.
+    max_size
+        Largest number of cells of a tile.
+    rng
+        Draws the direction of each cut; ``None`` takes the principal axis, so that a shift, rotation or mirror image of
+        the sample has the same tiles.
+
+    Returns
+    -------
+    Index arrays into ``coordinates``; every cell is in one tile.
+    """
+
+    def cut(rows: np.ndarray, n_tiles: int) -> list[np.ndarray]:
+        if n_tiles == 1:
+            return [rows]
+        points = coordinates[rows] - coordinates[rows].mean(0)
+        if rng is None:
+            axes = np.linalg.svd(points.T @ points)[0]
+            projected = points @ axes
+            skew = (projected**3).sum(0)
+            projected *= np.where(skew < 0, -1.0, 1.0)
+            projected = np.round(projected / max(np.abs(projected).max(), 1e-12), 9)
+            order = np.lexsort(projected.T[::-1])
+        else:
+            order = np.argsort(points @ rng.normal(size=points.shape[1]), kind="stable")
+        first = n_tiles // 2
+        at = round(rows.shape[0] * first / n_tiles)
+        return cut(rows[order[:at]], first) + cut(rows[order[at:]], n_tiles - first)
+
+    n = coordinates.shape[0]
+    return cut(np.arange(n), -(-n // max_size))
+
+
+def content_order(table: CellTable, rows: np.ndarray) -> np.ndarray:
+    """An order of cells that depends on their counts (then on their names) alone, not on their rows.
+
+    The key of a cell is the sum over its counts of a pseudo-random integer for each gene, modulo 2^64.
+    """
+    rng = np.random.default_rng(0)
+    code = rng.integers(1, 2**63, size=table.counts.n_genes, dtype=np.uint64)
+    keys = np.zeros(rows.shape[0], dtype=np.uint64)
+    for start in range(0, rows.shape[0], CHUNK_ROWS):
+        part = table.counts[rows[start : start + CHUNK_ROWS]]
+        products = part.data.astype(np.uint64) * code[part.indices]
+        sums = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(products, dtype=np.uint64)])
+        keys[start : start + part.shape[0]] = sums[part.indptr[1:]] - sums[part.indptr[:-1]]
+    names = pd.util.hash_array(table.names[rows].astype(object))
+    return np.lexsort((names, keys))
+
+
+def whole_contexts(
+    table: CellTable, pool: np.ndarray, targets: np.ndarray, max_context: int, nearest: NearestCells | None
+) -> list[Context]:
+    """Contexts for inference: every sample that holds a target, whole or in slices.
+
+    A spatial slice is a tile together with the neighbours of its cells, which are seen but do not count.
+
+    Parameters
+    ----------
+    pool
+        Rows that may be seen.
+    targets
+        Rows that count, a subset of them.
+    max_context
+        Largest number of cells that attend to each other (the neighbours of a tile come on top).
+    """
+    wanted = np.zeros(table.n_cells, dtype=bool)
+    wanted[targets] = True
+    contexts = []
+    for rows in rows_by_sample(table.sample, pool):
+        if not wanted[rows].any():
+            continue
+        for core, context in _fixed_slices(table, rows, max_context, nearest):
+            target = wanted[context] & np.isin(context, core, assume_unique=True)
+            if target.any():
+                contexts.append(Context(context, target))
+    return contexts
+
+
+def _fixed_slices(
+    table: CellTable, rows: np.ndarray, max_context: int, nearest: NearestCells | None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Slices of one sample, each with its context."""
+    if rows.shape[0] <= max_context:
+        return [(rows, rows)]
+    n_slices = -(-rows.shape[0] // max_context)
+    has_position = located(table.coordinates, rows)
+    placed, loose = rows[has_position], rows[~has_position]
+    parts = [np.empty(0, dtype=np.int64)] * n_slices
+    if placed.size:
+        cut = tiles(table.coordinates[placed], -(-placed.shape[0] // n_slices))  # type: ignore[index]
+        parts = [placed[tile] for tile in cut]
+    if loose.size:
+        split = np.array_split(loose[content_order(table, loose)], len(parts))
+        parts = [np.concatenate([part, more]) for part, more in zip(parts, split, strict=True)]
+    if nearest is None:
+        return [(part, part) for part in parts]
+    slices = []
+    for part in parts:
+        around = np.setdiff1d(nearest.index[part], part)
+        slices.append((part, np.concatenate([part, around[around >= 0]])))
+    return slices
+
+
+def training_contexts(
+    table: CellTable, pool: np.ndarray, context_size: int, rng: np.random.Generator
+) -> list[Context]:
+    """Contexts for one epoch: random slices of every sample, compact tiles where there are coordinates.
+
+    Their number and sizes do not depend on the draw.
+    """
+    contexts = []
+    for rows in rows_by_sample(table.sample, pool):
+        has_position = located(table.coordinates, rows)
+        placed, loose = rows[has_position], rng.permutation(rows[~has_position])
+        if placed.size:
+            parts = [placed[tile] for tile in tiles(table.coordinates[placed], context_size, rng)]  # type: ignore[index]
+            split = np.array_split(loose, len(parts))
+            parts = [np.concatenate([part, more]) for part, more in zip(parts, split, strict=True)]
+        else:
+            parts = np.array_split(loose, -(-loose.shape[0] // context_size))
+        contexts += [Context(part, np.ones(part.shape[0], dtype=bool)) for part in parts]
+    return contexts
+
+
+def pack(contexts: Sequence[Context], batch_size: int, rng: np.random.Generator | None = None) -> list[list[Context]]:
+    """Pack contexts into minibatches of about ``batch_size`` cells.
+
+    With ``rng``, contexts are shuffled and the minibatches are of nearly equal size; their number depends on the sizes
+    alone. Without, they keep their order and a minibatch holds at most ``batch_size`` cells, or one larger context.
+    """
+    sizes = np.array([len(context) for context in contexts])
+    if rng is None:
+        batches: list[list[Context]] = []
+        room = 0
+        for context, size in zip(contexts, sizes, strict=True):
+            if size > room:
+                batches.append([])
+                room = batch_size
+            batches[-1].append(context)
+            room -= size
+        return batches
+    n_batches = min(-(-int(sizes.sum()) // batch_size), len(contexts))
+    batches = [[] for _ in range(n_batches)]
+    load = np.zeros(n_batches)
+    shuffled = rng.permutation(len(contexts))
+    for i in shuffled[np.argsort(-sizes[shuffled], kind="stable")]:
+        lightest = int(load.argmin())
+        batches[lightest].append(contexts[i])
+        load[lightest] += sizes[i]
+    rng.shuffle(batches)
+    return batches

@@ -1,0 +1,370 @@
+"""How data of an AnnData are registered with scvi-tools, and matched when a model meets new data."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import rich.table
+from anndata import AnnData
+from scvi.data.fields import (
+    BaseAnnDataField,
+    CategoricalObsField,
+    LayerField,
+    MuDataWrapper,
+    NumericalObsField,
+    ObsmField,
+)
+
+from .. import _constants as c
+from ._checks import check_column, check_coordinates, check_counts, check_names, check_no_missing, some, warn
+
+ABSENT = "(absent)"
+#: below this share of the model's genes, new data get a warning that says so
+FEW_GENES = 0.5
+
+
+class CountsField(LayerField):
+    """Raw counts: every value is checked, the user's matrix is left as it is, genes are matched by name."""
+
+    def __init__(self, registry_key: str, layer: str | None) -> None:
+        super().__init__(registry_key, layer, is_count_data=False, correct_data_format=False)
+
+    @property
+    def where(self) -> str:
+        return "adata.X" if self.attr_key is None else f'adata.layers["{self.attr_key}"]'
+
+    def validate_field(self, adata: AnnData) -> None:
+        check_names(adata)
+        if self.attr_key is not None and self.attr_key not in adata.layers:
+            layers = [name for name in adata.layers if name is not None]
+            raise ValueError(f'layer="{self.attr_key}" is not a layer of the AnnData, which has {some(layers) or "none"}.')
+        if self.attr_key is None and adata.X is None:
+            raise ValueError("adata.X is None. Pass the layer that holds the counts with `layer=`.")
+        super().validate_field(adata)
+        check_counts(self.get_field_data(adata), self.where)
+
+    def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict:
+        self.validate_field(adata_target)
+        genes = pd.Index(state_registry[self.COLUMN_NAMES_KEY])
+        report_genes(genes, adata_target.var_names)
+        return {**state_registry, self.N_OBS_KEY: adata_target.n_obs}
+
+
+def report_genes(known: pd.Index, given: pd.Index) -> None:
+    """Say how the genes of new data match those of the model; raise if none does."""
+    n_shared = int(known.isin(given).sum())
+    if n_shared == 0:
+        raise ValueError(
+            f"None of the model's {len(known):,} genes (such as {some(known)}) is among the {len(given):,} genes of this "
+            f"AnnData (such as {some(given)}). Use the same kind of gene identifiers in var_names."
+        )
+    parts = []
+    if n_shared < len(known):
+        absent = known[~known.isin(given)]
+        parts.append(
+            f"{len(absent):,} of the model's {len(known):,} genes are not in this AnnData ({some(absent)}) and count as "
+            "not measured"
+        )
+    if n_shared < len(given):
+        unknown = given[~given.isin(known)]
+        parts.append(f"{len(unknown):,} of its genes are unknown to the model ({some(unknown)}) and are not used")
+    if parts:
+        few = " These are few: results may be poor." if n_shared < FEW_GENES * len(known) else ""
+        warn("; ".join(parts) + "." + few)
+
+
+class CovariateField(CategoricalObsField):
+    """A covariate of the decoder. Categories that the model has not seen get codes past the end of its table."""
+
+    #: number of categories that the model was built with, which a transfer to new data leaves as it is
+    N_KNOWN_KEY = "n_known"
+
+    def __init__(self, registry_key: str, attr_key: str | None, argument: str | None = None) -> None:
+        super().__init__(registry_key, attr_key)
+        self.argument = argument or f"{registry_key}_key"
+
+    def validate_field(self, adata: AnnData) -> None:
+        if not self.is_default:
+            check_no_missing(check_column(adata, self._original_attr_key, self.argument), self._original_attr_key)
+        super().validate_field(adata)
+
+    def register_field(self, adata: AnnData) -> dict:
+        with _quiet_about_small_categories():
+            state = super().register_field(adata)
+        return {**state, self.N_KNOWN_KEY: len(state[self.CATEGORICAL_MAPPING_KEY])}
+
+    def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict:
+        known = state_registry[self.CATEGORICAL_MAPPING_KEY][: state_registry[self.N_KNOWN_KEY]]
+        key = self._original_attr_key
+        if self.is_default:
+            self._setup_default_attr(adata_target)
+        elif key not in adata_target.obs:
+            self.say_absent(key)
+            adata_target.obs[self.attr_key] = np.full(adata_target.n_obs, len(known))
+            return {**state_registry, self.CATEGORICAL_MAPPING_KEY: np.append(np.asarray(known, dtype=object), ABSENT)}
+        self.validate_field(adata_target)
+        column = adata_target.obs[self._original_attr_key].astype("category")
+        unseen = [category for category in column.cat.categories[np.unique(column.cat.codes)] if category not in known]
+        if unseen:
+            self.say_unseen(key, unseen, int(column.isin(unseen).sum()))
+        mapping = np.concatenate([np.asarray(known, dtype=object), np.asarray(unseen, dtype=object)])
+        adata_target.obs[self.attr_key] = pd.Index(mapping).get_indexer(column.astype(object)).astype(np.int64)
+        return {**state_registry, self.CATEGORICAL_MAPPING_KEY: mapping}
+
+    def say_absent(self, key: str) -> None:
+        warn(f'This AnnData has no obs["{key}"]: its cells get the mean {self.registry_key} code.')
+
+    def say_unseen(self, key: str, unseen: list, n_cells: int) -> None:
+        warn(
+            f'obs["{key}"] has {len(unseen)} categor{"y" if len(unseen) == 1 else "ies"} that the model has not seen '
+            f"({some(unseen)}): {n_cells:,} cells get the mean {self.registry_key} code."
+        )
+
+    def get_summary_stats(self, state_registry: dict) -> dict:
+        return {self.count_stat_key: len(state_registry[self.CATEGORICAL_MAPPING_KEY])}
+
+    def view_state_registry(self, state_registry: dict) -> rich.table.Table | None:
+        if len(state_registry[self.CATEGORICAL_MAPPING_KEY]) > 50:
+            return None
+        return super().view_state_registry(state_registry)
+
+
+class SampleField(CovariateField):
+    """The sample of each cell. Samples carry no parameters: new ones are expected."""
+
+    def say_absent(self, key: str) -> None:
+        warn(f'This AnnData has no obs["{key}"]: all its cells are treated as one sample.')
+
+    def say_unseen(self, key: str, unseen: list, n_cells: int) -> None:
+        """New samples are the normal case."""
+
+
+class AnnotationField(CovariateField):
+    """A label or a perturbation of each cell; missing values and a missing column mean ``default``."""
+
+    def __init__(self, registry_key: str, attr_key: str, default: str) -> None:
+        super().__init__(registry_key, attr_key)
+        self.default = default
+
+    def _codes(self, adata: AnnData, known: np.ndarray | None) -> np.ndarray:
+        key = self._original_attr_key
+        column = adata.obs[key].astype(object) if key in adata.obs else pd.Series(self.default, index=adata.obs_names)
+        column = column.where(column.notna(), self.default)
+        mapping = list(known) if known is not None else []
+        mapping += [category for category in sorted(pd.unique(column), key=str) if category not in mapping]
+        if self.default not in mapping:
+            mapping.append(self.default)
+        adata.obs[self.attr_key] = pd.Index(mapping, dtype=object).get_indexer(column).astype(np.int64)
+        return np.asarray(mapping, dtype=object)
+
+    def validate_field(self, adata: AnnData) -> None:
+        """A missing column and missing values are allowed."""
+
+    def register_field(self, adata: AnnData) -> dict:
+        check_column(adata, self._original_attr_key, self.argument)
+        mapping = self._codes(adata, None)
+        return {
+            self.CATEGORICAL_MAPPING_KEY: mapping,
+            self.ORIGINAL_ATTR_KEY: self._original_attr_key,
+            self.N_KNOWN_KEY: len(mapping),
+        }
+
+    def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict:
+        mapping = self._codes(adata_target, state_registry[self.CATEGORICAL_MAPPING_KEY])
+        return {**state_registry, self.CATEGORICAL_MAPPING_KEY: mapping}
+
+
+class CoordinatesField(ObsmField):
+    """Positions of cells; a row of NaN, or new data without the key, means no position."""
+
+    N_DIMS_KEY = "n_dims"
+
+    def validate_field(self, adata: AnnData) -> None:
+        if self.attr_key not in adata.obsm:
+            raise KeyError(
+                f'spatial_key="{self.attr_key}" is not in adata.obsm, which has {some(list(adata.obsm)) or "nothing"}.'
+            )
+        check_coordinates(np.asarray(adata.obsm[self.attr_key]), self.attr_key, adata.obs_names)
+
+    def register_field(self, adata: AnnData) -> dict:
+        self.validate_field(adata)
+        return {self.N_DIMS_KEY: adata.obsm[self.attr_key].shape[1]}
+
+    def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict:
+        if self.attr_key not in adata_target.obsm:
+            warn(f'This AnnData has no obsm["{self.attr_key}"]: its cells have no position.')
+            return state_registry
+        found = self.register_field(adata_target)
+        if found != state_registry:
+            raise ValueError(
+                f'obsm["{self.attr_key}"] has {found[self.N_DIMS_KEY]} columns; the model was set up with '
+                f"{state_registry[self.N_DIMS_KEY]}."
+            )
+        return state_registry
+
+    def get_summary_stats(self, state_registry: dict) -> dict:
+        return {"n_spatial_dims": state_registry[self.N_DIMS_KEY]}
+
+
+class SizeFactorField(NumericalObsField):
+    """True library size of each cell."""
+
+    def validate_field(self, adata: AnnData) -> None:
+        column = check_column(adata, self.attr_key, "size_factor_key")
+        values = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+        bad = ~(np.isfinite(values) & (values > 0))
+        # A cell without any count may have a library of zero.
+        bad &= ~(values == 0)
+        if bad.any():
+            raise ValueError(
+                f'obs["{self.attr_key}"] is the library size of each cell, in counts: {int(bad.sum()):,} values are '
+                f"missing, negative or not numbers (cells {some(adata.obs_names[bad])})."
+            )
+
+
+class MeasuredGenesField(BaseAnnDataField):
+    """Which genes each data set measured: a boolean table ``adata.varm[key]``, genes x categories of the data set.
+
+    On new data the table may be absent: every gene that the AnnData holds then counts as measured.
+    """
+
+    def __init__(self, registry_key: str, attr_key: str, dataset_key: str) -> None:
+        super().__init__()
+        self._registry_key, self._attr_key, self.dataset_key = registry_key, attr_key, dataset_key
+
+    registry_key = property(lambda self: self._registry_key)
+    attr_name = property(lambda self: "varm")
+    attr_key = property(lambda self: self._attr_key)
+    is_empty = False
+
+    def validate_field(self, adata: AnnData) -> None:
+        if self.attr_key not in adata.varm:
+            raise KeyError(
+                f'measured_genes_key="{self.attr_key}" is not in adata.varm, which has {some(list(adata.varm)) or "nothing"}.'
+            )
+        table = adata.varm[self.attr_key]
+        if not isinstance(table, pd.DataFrame):
+            raise TypeError(
+                f'varm["{self.attr_key}"] is a {type(table).__name__}; a DataFrame is needed whose columns are the '
+                f'categories of obs["{self.dataset_key}"].'
+            )
+        if any(dtype != bool for dtype in table.dtypes):
+            raise TypeError(f'varm["{self.attr_key}"] must hold True and False only; found {set(map(str, table.dtypes))}.')
+        categories = adata.obs[self.dataset_key].astype(str).unique()
+        absent = [name for name in categories if name not in table.columns.astype(str)]
+        if absent:
+            raise ValueError(
+                f'varm["{self.attr_key}"] has no column for the data set{"s" * (len(absent) > 1)} {some(absent)} of '
+                f'obs["{self.dataset_key}"].'
+            )
+        empty = [name for name in categories if not table.loc[:, table.columns.astype(str) == name].to_numpy().any()]
+        if empty:
+            raise ValueError(f'varm["{self.attr_key}"]: no gene is measured in the data set{"s" * (len(empty) > 1)} {some(empty)}.')
+
+    def register_field(self, adata: AnnData) -> dict:
+        self.validate_field(adata)
+        return {}
+
+    def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict:
+        if self.attr_key in adata_target.varm:
+            self.validate_field(adata_target)
+        return state_registry
+
+    def get_summary_stats(self, state_registry: dict) -> dict:
+        return {}
+
+    def view_state_registry(self, state_registry: dict) -> None:
+        return None
+
+
+class _quiet_about_small_categories(warnings.catch_warnings):
+    """Samples and batches of one or two cells work here."""
+
+    def __enter__(self) -> Any:
+        entered = super().__enter__()
+        warnings.filterwarnings("ignore", message=r"Category .* has fewer than 3 cells")
+        return entered
+
+
+MuDataCountsField = MuDataWrapper(CountsField)
+MuDataCovariateField = MuDataWrapper(CovariateField)
+MuDataSampleField = MuDataWrapper(SampleField)
+MuDataAnnotationField = MuDataWrapper(AnnotationField)
+MuDataCoordinatesField = MuDataWrapper(CoordinatesField)
+MuDataSizeFactorField = MuDataWrapper(SizeFactorField)
+MuDataMeasuredGenesField = MuDataWrapper(MeasuredGenesField)
+
+
+def make_fields(
+    *,
+    layer: str | None,
+    batch_key: str | None,
+    platform_key: str | None,
+    dataset_key: str | None,
+    sample_key: str | None,
+    spatial_key: str | None,
+    labels_key: str | None,
+    unlabeled_category: str,
+    perturbation_key: str | None,
+    control_category: str,
+    size_factor_key: str | None,
+    measured_genes_key: str | None,
+    modalities: dict[str, str] | None = None,
+) -> list[BaseAnnDataField]:
+    """The fields for the arguments of ``setup_anndata``; with ``modalities`` those for a MuData."""
+    if measured_genes_key is not None and dataset_key is None:
+        raise ValueError("measured_genes_key says which genes each data set measured: pass dataset_key too.")
+    mu = modalities is not None
+
+    def field(single: type, multi: type, argument: str, *args: Any, **kwargs: Any) -> BaseAnnDataField:
+        return multi(*args, mod_key=modalities.get(argument), **kwargs) if mu else single(*args, **kwargs)
+
+    def covariate(key: str, attr: str | None, argument: str) -> BaseAnnDataField:
+        return field(CovariateField, MuDataCovariateField, argument, key, attr, argument)
+
+    sample, sample_argument = (sample_key, "sample_key") if sample_key is not None else (batch_key, "batch_key")
+    fields = [
+        field(CountsField, MuDataCountsField, "rna_layer" if mu else "layer", c.X_KEY, layer),
+        covariate(c.BATCH_KEY, batch_key, "batch_key"),
+        field(SampleField, MuDataSampleField, sample_argument, c.SAMPLE_KEY, sample, sample_argument),
+    ]
+    if platform_key is not None:
+        fields.append(covariate(c.PLATFORM_KEY, platform_key, "platform_key"))
+    if dataset_key is not None:
+        fields.append(covariate(c.DATASET_KEY, dataset_key, "dataset_key"))
+    if spatial_key is not None:
+        fields.append(field(CoordinatesField, MuDataCoordinatesField, "spatial_key", c.COORDINATES_KEY, spatial_key))
+    if labels_key is not None:
+        fields.append(
+            field(AnnotationField, MuDataAnnotationField, "labels_key", c.LABELS_KEY, labels_key, unlabeled_category)
+        )
+    if perturbation_key is not None:
+        fields.append(
+            field(
+                AnnotationField,
+                MuDataAnnotationField,
+                "perturbation_key",
+                c.PERTURBATION_KEY,
+                perturbation_key,
+                control_category,
+            )
+        )
+    if size_factor_key is not None:
+        fields.append(
+            field(SizeFactorField, MuDataSizeFactorField, "size_factor_key", c.SIZE_FACTOR_KEY, size_factor_key)
+        )
+    if measured_genes_key is not None:
+        fields.append(
+            field(
+                MeasuredGenesField,
+                MuDataMeasuredGenesField,
+                "measured_genes_key",
+                c.MEASURED_GENES_KEY,
+                measured_genes_key,
+                dataset_key,
+            )
+        )
+    return fields

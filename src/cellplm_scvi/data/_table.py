@@ -1,0 +1,181 @@
+"""The registered data of an AnnData or MuData as arrays, and its counts by rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import h5py
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from anndata import AnnData
+
+from .. import _constants as c
+from .._compat import CSCDataset, CSRDataset
+from ._checks import CHUNK_ROWS
+
+if TYPE_CHECKING:
+    from scvi.data import AnnDataManager
+
+
+class CountRows:
+    """Rows of a matrix of counts in canonical CSR, in the model's order of genes.
+
+    Parameters
+    ----------
+    x
+        Counts, (n_cells, n_given): CSR, CSC (matrix or array), dense, or backed.
+    columns
+        For each given gene its column in the model, -1 where the model does not know it, (n_given,).
+    n_genes
+        Number of genes of the model.
+    """
+
+    def __init__(self, x: object, columns: np.ndarray, n_genes: int):
+        if isinstance(x, CSCDataset):
+            x = x.to_memory()
+        if sp.issparse(x):
+            x = x.tocsr()
+            if not x.has_canonical_format:
+                x = x.copy()
+                x.sum_duplicates()
+        self._x = x
+        self._backed = isinstance(x, CSRDataset | h5py.Dataset)
+        self.n_genes = n_genes
+        identity = columns.shape[0] == n_genes and bool((columns == np.arange(n_genes)).all())
+        self._columns = None if identity else columns
+
+    def __getitem__(self, rows: np.ndarray) -> sp.csr_matrix:
+        """Counts of the rows asked for, in their order, float32."""
+        if self._backed:
+            order = np.argsort(rows, kind="stable")
+            unique, inverse = np.unique(rows[order], return_inverse=True)
+            part = sp.csr_matrix(self._x[unique])[inverse][np.argsort(order)]
+        else:
+            part = sp.csr_matrix(self._x[rows])
+        part = part.astype(np.float32, copy=False)
+        if self._columns is None:
+            return part
+        columns = self._columns[part.indices]
+        keep = columns >= 0
+        offsets = np.concatenate([[0], np.cumsum(keep)])[part.indptr]
+        return sp.csr_matrix((part.data[keep], columns[keep], offsets), shape=(part.shape[0], self.n_genes))
+
+
+@dataclass(frozen=True)
+class CellTable:
+    """Everything a model reads of an AnnData that is registered with it, one row a cell.
+
+    Parameters
+    ----------
+    counts
+        Counts by rows.
+    covariates
+        Codes of batch, platform and data set, each (n_cells,).
+    sample
+        Sample code, (n_cells,).
+    coordinates
+        (n_cells, n_dims), NaN without position, or ``None``.
+    size_factor
+        True library size, (n_cells,), or ``None``.
+    measured
+        Genes measured by each panel, (n_panels, n_genes), or ``None`` for all by all; ``panel`` is each cell's row.
+    names
+        Cell names.
+    annotations
+        Codes of labels and perturbations.
+    """
+
+    counts: CountRows
+    covariates: dict[str, np.ndarray]
+    sample: np.ndarray
+    names: np.ndarray
+    coordinates: np.ndarray | None = None
+    size_factor: np.ndarray | None = None
+    measured: np.ndarray | None = None
+    panel: np.ndarray | None = None
+    annotations: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @classmethod
+    def from_manager(cls, manager: AnnDataManager) -> CellTable:
+        """Read what is registered."""
+        registry = manager.data_registry
+        state = manager.get_state_registry(c.X_KEY)
+        genes = pd.Index(state.column_names)
+        adata = _holder(manager, c.X_KEY)
+        columns = genes.get_indexer(adata.var_names)
+
+        def codes(key: str) -> np.ndarray:
+            return np.asarray(manager.get_from_registry(key)).ravel().astype(np.int64)
+
+        coordinates = None
+        if c.COORDINATES_KEY in registry:
+            holder, key = _holder(manager, c.COORDINATES_KEY), registry[c.COORDINATES_KEY].attr_key
+            if key in holder.obsm:
+                coordinates = np.asarray(holder.obsm[key], dtype=np.float64)
+        size_factor = None
+        if c.SIZE_FACTOR_KEY in registry:
+            size_factor = np.asarray(manager.get_from_registry(c.SIZE_FACTOR_KEY), dtype=np.float32).ravel()
+        measured, panel = _panels(manager, adata, genes, columns)
+        return cls(
+            counts=CountRows(manager.get_from_registry(c.X_KEY), columns, len(genes)),
+            covariates={key: codes(key) for key in c.COVARIATES if key in registry},
+            sample=codes(c.SAMPLE_KEY),
+            names=adata.obs_names.to_numpy(),
+            coordinates=coordinates,
+            size_factor=size_factor,
+            measured=measured,
+            panel=panel,
+            annotations={key: codes(key) for key in (c.LABELS_KEY, c.PERTURBATION_KEY) if key in registry},
+        )
+
+    @property
+    def n_cells(self) -> int:
+        return self.sample.shape[0]
+
+    @cached_property
+    def totals(self) -> np.ndarray:
+        """Counts of each cell over the model's genes, (n_cells,)."""
+        return self.statistics[0]
+
+    @cached_property
+    def statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        """Total of each cell (n_cells,) and of each gene (n_genes,)."""
+        totals = np.zeros(self.n_cells)
+        genes = np.zeros(self.counts.n_genes)
+        for start in range(0, self.n_cells, CHUNK_ROWS):
+            rows = np.arange(start, min(start + CHUNK_ROWS, self.n_cells))
+            part = self.counts[rows]
+            totals[rows] = part.sum(1, dtype=np.float64).A1
+            genes += part.sum(0, dtype=np.float64).A1
+        return totals, genes
+
+
+def _holder(manager: AnnDataManager, key: str) -> AnnData:
+    """The AnnData, or the modality of the MuData, that a key is registered in."""
+    mod_key = getattr(manager.data_registry[key], "mod_key", None)
+    return manager.adata if mod_key is None else manager.adata.mod[mod_key]
+
+
+def _panels(
+    manager: AnnDataManager, adata: AnnData, genes: pd.Index, columns: np.ndarray
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Genes measured by each data set (n_panels, n_genes), and the panel of each cell."""
+    present = np.zeros(len(genes), dtype=bool)
+    present[columns[columns >= 0]] = True
+    registry = manager.data_registry
+    if c.MEASURED_GENES_KEY not in registry or registry[c.MEASURED_GENES_KEY].attr_key not in adata.varm:
+        if present.all():
+            return None, None
+        return present[None], np.zeros(adata.n_obs, dtype=np.int64)
+    table = adata.varm[registry[c.MEASURED_GENES_KEY].attr_key]
+    table = table.set_axis(table.columns.astype(str), axis=1)
+    field_state = manager.get_state_registry(c.DATASET_KEY)
+    names = _holder(manager, c.DATASET_KEY).obs[field_state.original_key].astype(str)
+    panel, used = pd.factorize(names)
+    measured = np.zeros((len(used), len(genes)), dtype=bool)
+    known = columns >= 0
+    measured[:, columns[known]] = table[used].to_numpy().T[:, known]
+    return measured, panel.astype(np.int64)

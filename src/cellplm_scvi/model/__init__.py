@@ -1,0 +1,5 @@
+"""Models that users import."""
+
+from ._cellplm import CellPLM
+
+__all__ = ["CellPLM"]

@@ -1,0 +1,343 @@
+"""CellPLM as a scvi-tools model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from scvi.data import AnnDataManager
+from scvi.model.base import BaseModelClass
+
+from .. import _constants as c
+from .._compat import AnnOrMuData, copy_if_view, setup_anndata_dsp
+from ..data._checks import some, warn
+from ..data._fields import CovariateField, make_fields
+from ..data._loader import SpatialInputs
+from ..data._table import CellTable
+from ..module import CellPLMModule
+from ..nn import Encoder, GeneMasking, Latent, Position
+from ._defaults import default_hidden, default_latent, default_layers
+from ._embedding import EmbeddingMixin
+from ._expression import ExpressionMixin
+from ._training import TrainingMixin
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from mudata import MuData
+
+
+class CellPLM(EmbeddingMixin, ExpressionMixin, TrainingMixin, BaseModelClass):
+    """Cell language model: a transformer whose tokens are cells and whose sentences are tissue samples (Wen et al. 2024).
+
+    Parameters
+    ----------
+    adata
+        AnnData or MuData registered with :meth:`setup_anndata` or :meth:`setup_mudata`.
+    n_hidden
+        Width of the network; ``None``: from the number of cells.
+    n_layers
+        Depth of the encoder; ``None``: from the number of cells.
+    n_heads
+        Attention heads.
+    n_latent
+        Dimensions of the embedding; ``None``: from the number of cells.
+    n_components
+        Components of the mixture prior.
+    dropout_rate
+        Dropout in encoder and decoder.
+    encoder
+        How the cells of a sample see each other: ``"flow"`` (linear attention), ``"softmax"`` (exact attention) or
+        ``"mlp"`` (not at all).
+    latent
+        ``"mixture"`` (Gaussian-mixture prior), ``"gaussian"`` (standard normal prior) or ``"deterministic"``.
+    position
+        For cells with coordinates: ``"local"`` (attention over the nearest cells, biased by distance), an absolute code
+        (``"fourier"`` or ``"sinusoidal"``, the published one), or ``"none"``.
+    n_decoder_layers
+        Hidden layers of the decoder.
+    n_neighbours
+        Nearest cells for local attention.
+    n_niche
+        With ``position="local"``: nearest cells whose summed counts z learns to predict; 0 switches that off.
+    niche_weight
+        Weight of that objective.
+    masking
+        Whether genes are hidden from the encoder in training.
+    input_normalization
+        ``"library"`` (log1p of counts scaled to the median library size) or ``"raw"`` (log1p of counts, as published).
+    max_context
+        Most cells that see each other at inference; larger samples are cut into slices.
+    registry
+        Registry of an AnnData set-up, instead of ``adata``.
+
+    Examples
+    --------
+    >>> adata = cellplm_scvi.data.pbmc()
+    >>> CellPLM.setup_anndata(adata)
+    >>> model = CellPLM(adata)
+    >>> model.train()
+    >>> adata.obsm["X_cellplm"] = model.get_latent_representation()
+    """
+
+    _module_cls = CellPLMModule
+
+    def __init__(
+        self,
+        adata: AnnOrMuData | None = None,
+        n_hidden: int | None = None,
+        n_layers: int | None = None,
+        n_heads: int = 4,
+        n_latent: int | None = None,
+        n_components: int = 16,
+        dropout_rate: float = 0.1,
+        encoder: Encoder = "flow",
+        latent: Latent = "mixture",
+        position: Position = "local",
+        n_decoder_layers: int = 1,
+        n_neighbours: int = 32,
+        n_niche: int = 16,
+        niche_weight: float = 1.0,
+        masking: bool = True,
+        input_normalization: str = "library",
+        max_context: int = 8192,
+        registry: dict | None = None,
+    ):
+        super().__init__(adata, registry)
+        check_words(encoder=encoder, latent=latent, position=position, input_normalization=input_normalization)
+        states = {name: field["state_registry"] for name, field in self.registry_["field_registries"].items()}
+        n_genes = len(states[c.X_KEY]["column_names"])
+        n_cells = self.summary_stats.n_cells
+        n_hidden = default_hidden(n_cells) if n_hidden is None else n_hidden
+        n_layers = default_layers(n_cells) if n_layers is None else n_layers
+        n_latent = default_latent(n_cells) if n_latent is None else n_latent
+        sizes = {"n_hidden": n_hidden, "n_layers": n_layers, "n_heads": n_heads, "n_latent": n_latent}
+        sizes |= {"n_components": n_components, "n_decoder_layers": n_decoder_layers, "max_context": max_context}
+        check_sizes(**sizes)
+        categories = {name: states[name][CovariateField.N_KNOWN_KEY] for name in c.COVARIATES if name in states}
+        target_sum, gene_shares = 1e4, None
+        if adata is not None:
+            target_sum, gene_shares = self._from_counts()
+        n_dims = states[c.COORDINATES_KEY]["n_dims"] if c.COORDINATES_KEY in states else 0
+        self._n_niche = n_niche if n_dims and position == "local" and niche_weight > 0 else 0
+        self.module = self._module_cls(
+            n_genes,
+            # a covariate of a single category has nothing to say
+            {name: n for name, n in categories.items() if n > 1},
+            n_hidden=n_hidden,
+            n_layers=n_layers,
+            n_heads=n_heads,
+            n_latent=n_latent,
+            n_components=n_components,
+            dropout_rate=dropout_rate,
+            encoder=encoder,
+            latent=latent,
+            position=position,
+            n_decoder_layers=n_decoder_layers,
+            n_spatial_dims=n_dims,
+            n_neighbours=n_neighbours,
+            niche_weight=niche_weight if n_niche > 0 else 0.0,
+            masking=GeneMasking() if masking else None,
+            target_sum=target_sum if input_normalization == "library" else None,
+            gene_shares=gene_shares,
+            rest=c.SIZE_FACTOR_KEY in states,
+            max_context=max_context,
+        )
+        n_samples = len(states[c.SAMPLE_KEY]["categorical_mapping"])
+        self._model_summary_string = (
+            f"CellPLM with {sum(p.numel() for p in self.module.parameters()):,} parameters: {n_genes:,} genes, "
+            f"n_hidden: {n_hidden}, n_layers: {n_layers}, n_heads: {n_heads}, n_latent: {n_latent}, "
+            f"encoder: {encoder}, latent: {latent}{f' ({n_components})' if latent == 'mixture' else ''}, "
+            f"position: {position if n_dims else 'none (no coordinates)'}; {n_cells:,} cells in {n_samples:,} samples, "
+            + ", ".join(f"{n:,} {name} categories" for name, n in categories.items())
+        )
+        self.init_params_ = self._get_init_params(locals())
+
+    def _from_counts(self) -> tuple[float, torch.Tensor]:
+        """Median library size, and share of each gene in all counts; warns of cells without counts."""
+        table = CellTable.from_manager(self.adata_manager)
+        totals, genes = table.statistics
+        check_totals(table, totals)
+        library = totals if table.size_factor is None else table.size_factor
+        some_counts = library[totals > 0]
+        shares = torch.from_numpy((genes + 0.1) / (genes.sum() + 0.1 * genes.shape[0])).float()
+        if table.size_factor is not None and totals.sum() > 0:
+            shares = shares * float(totals.sum() / max(table.size_factor.sum(dtype=float), totals.sum()))
+        return float(np.median(some_counts)), shares
+
+    @property
+    def _spatial_inputs(self) -> SpatialInputs:
+        module = self.module
+        return SpatialInputs(module.n_neighbours, module.absolute_position, self._n_niche)
+
+    @classmethod
+    @setup_anndata_dsp.dedent
+    def setup_anndata(
+        cls,
+        adata: AnnData,
+        layer: str | None = None,
+        batch_key: str | None = None,
+        platform_key: str | None = None,
+        dataset_key: str | None = None,
+        sample_key: str | None = None,
+        spatial_key: str | None = None,
+        labels_key: str | None = None,
+        unlabeled_category: str = "unknown",
+        perturbation_key: str | None = None,
+        control_category: str = "control",
+        size_factor_key: str | None = None,
+        measured_genes_key: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Register an AnnData of raw counts.
+
+        Parameters
+        ----------
+        %(param_adata)s
+        layer
+            Layer that holds the counts; ``None`` is ``X``.
+        batch_key, platform_key, dataset_key
+            Columns of ``obs`` whose effect on counts the decoder learns, so that the embedding need not carry it.
+        sample_key
+            Column of ``obs`` with the tissue sample (section, field of view, donor's sample) of each cell: its cells see
+            each other. By default ``batch_key``, else all cells are one sample.
+        spatial_key
+            Key of ``obsm`` with coordinates, (n_cells, 2 or 3), in any unit; rows of NaN are cells without position.
+        labels_key
+            Column of ``obs`` with cell types, some of them ``unlabeled_category``.
+        perturbation_key
+            Column of ``obs`` with the perturbation of each cell, ``control_category`` for none, ``"A+B"`` for two.
+        size_factor_key
+            Column of ``obs`` with the library size over all genes, where ``X`` holds a subset of them.
+        measured_genes_key
+            Key of ``varm`` with a boolean DataFrame, genes x categories of ``dataset_key``: which genes each data set
+            measured.
+
+        Raises
+        ------
+        KeyError
+            If a key is not there.
+        ValueError
+            If counts, categories, coordinates or names are not usable; the message says what was found where.
+        """
+        setup_method_args = cls._get_setup_method_args(**locals())
+        copy_if_view(adata, copy_if_view=True)
+        fields = make_fields(
+            layer=layer,
+            batch_key=batch_key,
+            platform_key=platform_key,
+            dataset_key=dataset_key,
+            sample_key=sample_key,
+            spatial_key=spatial_key,
+            labels_key=labels_key,
+            unlabeled_category=unlabeled_category,
+            perturbation_key=perturbation_key,
+            control_category=control_category,
+            size_factor_key=size_factor_key,
+            measured_genes_key=measured_genes_key,
+        )
+        cls._register(adata, fields, setup_method_args, kwargs)
+
+    @classmethod
+    @setup_anndata_dsp.dedent
+    def setup_mudata(
+        cls,
+        mdata: MuData,
+        rna_layer: str | None = None,
+        batch_key: str | None = None,
+        platform_key: str | None = None,
+        dataset_key: str | None = None,
+        sample_key: str | None = None,
+        spatial_key: str | None = None,
+        labels_key: str | None = None,
+        unlabeled_category: str = "unknown",
+        perturbation_key: str | None = None,
+        control_category: str = "control",
+        size_factor_key: str | None = None,
+        measured_genes_key: str | None = None,
+        modalities: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Register a MuData of raw counts; arguments as in :meth:`setup_anndata`.
+
+        Parameters
+        ----------
+        %(param_mdata)s
+        rna_layer
+            Layer of the RNA modality that holds the counts; ``None`` is its ``X``.
+        batch_key, platform_key, dataset_key, sample_key, spatial_key, labels_key, unlabeled_category, perturbation_key,\
+ control_category, size_factor_key, measured_genes_key
+            As in :meth:`setup_anndata`.
+        modalities
+            Modality of each argument, ``{"rna_layer": "rna"}`` at least; arguments that it leaves out are looked up in the
+            MuData itself.
+        """
+        setup_method_args = cls._get_setup_method_args(**locals())
+        if not modalities or "rna_layer" not in modalities:
+            raise ValueError('modalities must name the modality of the counts, such as modalities={"rna_layer": "rna"}.')
+        cls._create_modalities_attr_dict(modalities, setup_method_args)  # raises on an argument that does not exist
+        if modalities["rna_layer"] not in mdata.mod:
+            raise KeyError(f'"{modalities["rna_layer"]}" is not a modality of the MuData, which has {some(list(mdata.mod))}.')
+        copy_if_view(mdata, copy_if_view=True)
+        fields = make_fields(
+            layer=rna_layer,
+            batch_key=batch_key,
+            platform_key=platform_key,
+            dataset_key=dataset_key,
+            sample_key=sample_key,
+            spatial_key=spatial_key,
+            labels_key=labels_key,
+            unlabeled_category=unlabeled_category,
+            perturbation_key=perturbation_key,
+            control_category=control_category,
+            size_factor_key=size_factor_key,
+            measured_genes_key=measured_genes_key,
+            modalities=modalities,
+        )
+        cls._register(mdata, fields, setup_method_args, kwargs)
+
+    @classmethod
+    def _register(cls, adata: AnnOrMuData, fields: list, setup_method_args: dict, kwargs: dict) -> None:
+        manager = AnnDataManager(fields=fields, setup_method_args=setup_method_args)
+        manager.register_fields(adata, **kwargs)
+        cls.register_manager(manager)
+
+
+def check_words(**words: str) -> None:
+    """Raise if an option is not one of its words."""
+    allowed = {
+        "encoder": ("flow", "softmax", "mlp"),
+        "latent": ("mixture", "gaussian", "deterministic"),
+        "position": ("local", "fourier", "sinusoidal", "none"),
+        "input_normalization": ("library", "raw"),
+    }
+    for name, word in words.items():
+        if word not in allowed[name]:
+            raise ValueError(f'{name}="{word}" is not one of {some(allowed[name], 4)}.')
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raise if a size is not a positive whole number."""
+    for name, size in sizes.items():
+        if int(size) != size or size < 1:
+            raise ValueError(f"{name}={size} must be a positive whole number.")
+
+
+def check_totals(table: CellTable, totals: np.ndarray) -> None:
+    """Warn of cells without counts; raise if a library size is smaller than the counts it should hold."""
+    empty = totals == 0
+    if empty.all():
+        raise ValueError("No cell has any count.")
+    if empty.any():
+        warn(
+            f"{int(empty.sum()):,} cells have no counts (cells {some(table.names[empty])}). They are embedded, but say "
+            "nothing; `sc.pp.filter_cells(adata, min_counts=1)` drops them."
+        )
+    if table.size_factor is not None:
+        short = table.size_factor < totals * (1 - 1e-4)
+        if short.any():
+            raise ValueError(
+                f"The library size (size_factor_key) of {int(short.sum()):,} cells is smaller than the sum of their counts "
+                f"(cells {some(table.names[short])}). It is the total of each cell over all genes, in counts."
+            )
+

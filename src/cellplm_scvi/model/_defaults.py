@@ -1,0 +1,45 @@
+"""Sizes and lengths that follow from the data, from a thousand cells to millions."""
+
+from __future__ import annotations
+
+import math
+
+
+def default_hidden(n_cells: int) -> int:
+    """Width of the network."""
+    if n_cells < 100_000:
+        return 128
+    return 256 if n_cells < 1_000_000 else 512
+
+
+def default_layers(n_cells: int) -> int:
+    """Depth of the encoder."""
+    return 2 if n_cells < 1_000_000 else 4
+
+
+def default_latent(n_cells: int) -> int:
+    """Dimensions of the embedding."""
+    return 32 if n_cells < 1_000_000 else 64
+
+
+def default_batch_size(n_cells: int, *, spatial: bool) -> int:
+    """Cells of a minibatch: a power of two, about a 24th of the data, larger where neighbours have to be in it."""
+    low, high = (256, 1024) if spatial else (128, 512)
+    return min(high, max(low, 1 << round(math.log2(max(n_cells, 2) / 24))))
+
+
+def default_max_epochs(n_cells: int, n_batches: int) -> int:
+    """Epochs: about 8,000 optimiser steps for small data, fewer passes over large data, at least one."""
+    by_steps = math.ceil(8_000 / max(n_batches, 1))
+    by_cells = math.ceil(400 * 20_000 / max(n_cells, 1))
+    return max(1, min(by_steps, by_cells, 400))
+
+
+def default_inference_batch_size(n_hidden: int) -> int:
+    """Cells that the encoder takes at once: about a quarter of a gigabyte of activations."""
+    return max(256, min(8192, 2**26 // (16 * n_hidden)))
+
+
+def default_row_batch_size(n_genes: int) -> int:
+    """Cells that the decoder takes at once, each with a dense row of genes: about 64 megabytes a tensor."""
+    return max(16, min(4096, 2**24 // max(n_genes, 1)))

@@ -1,0 +1,212 @@
+"""Embedding of cells, whole samples at a time, and the loaders of everything that builds on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from .._compat import AnnOrMuData
+from ..data._loader import CellDataset, CellLoader, RowSampler, SpatialInputs, whole_sample_loader
+from ..data._table import CellTable
+from ..nn import MixtureLatent
+from ._defaults import default_inference_batch_size, default_row_batch_size
+
+if TYPE_CHECKING:
+    from .._typing import Minibatch
+    from ..module import CellPLMModule
+
+Moments = tuple[np.ndarray, np.ndarray]
+
+
+class EmbeddingMixin:
+    """Embeds cells in the company of their sample.
+
+    Encoder and decoder are decoupled: the encoder runs over whole samples, and its result, the mean and variance of q(z|h)
+    of each cell, is all that later steps need. Those read cells one by one in the order asked for.
+    """
+
+    module: CellPLMModule
+    _kept_moments: tuple[CellTable, Moments] | None = None
+
+    @property
+    def _spatial_inputs(self) -> SpatialInputs:
+        """What the encoder takes of positions."""
+        raise NotImplementedError
+
+    def _rows(self, n_cells: int, indices: Sequence[int] | np.ndarray | None) -> np.ndarray:
+        """Row numbers from a list of rows or a boolean mask."""
+        if indices is None:
+            return np.arange(n_cells)
+        rows = np.asarray(indices)
+        if rows.dtype == bool:
+            if rows.shape != (n_cells,):
+                raise ValueError(f"indices is a mask of shape {rows.shape}; the AnnData has {n_cells:,} cells.")
+            return np.flatnonzero(rows)
+        if rows.size == 0:
+            return np.empty(0, dtype=np.int64)
+        if rows.ndim != 1 or rows.dtype.kind not in "iu":
+            raise TypeError("indices must be row numbers, one a cell, or a boolean mask; for names use `adata[names]`.")
+        if rows.min() < -n_cells or rows.max() >= n_cells:
+            raise IndexError(f"indices go from {rows.min()} to {rows.max()}; the AnnData has {n_cells:,} cells.")
+        return np.where(rows < 0, rows + n_cells, rows).astype(np.int64)
+
+    def _table(self, adata: AnnOrMuData) -> CellTable:
+        if self._kept_moments is not None:
+            return self._kept_moments[0]
+        return CellTable.from_manager(self.get_anndata_manager(adata, required=True))  # type: ignore[attr-defined]
+
+    @torch.inference_mode()
+    def _moments(self, table: CellTable, rows: np.ndarray, batch_size: int | None) -> Moments:
+        """Mean and variance of q(z|h), each (n_cells of the table, n_latent); NaN for rows not asked for."""
+        if self._kept_moments is not None:
+            return self._kept_moments[1]
+        self.module.eval()
+        n_latent = self.module.latent.mean.out_features
+        mean = np.full((table.n_cells, n_latent), np.nan, dtype=np.float32)
+        variance = np.full_like(mean, np.nan)
+        loader = whole_sample_loader(
+            table,
+            self._spatial_inputs,
+            rows,
+            batch_size=batch_size or default_inference_batch_size(self.module.n_hidden),
+            max_context=self.module.max_context,
+        )
+        for request, tensors in zip(loader.sampler, loader, strict=True):
+            outputs = self.module.inference(tensors)
+            found = request.rows if request.target is None else request.rows[request.target]
+            mean[found] = outputs["qzm"].float().cpu().numpy()
+            variance[found] = outputs["qzv"].float().cpu().numpy()
+        return mean, variance
+
+    @contextmanager
+    def _encoded_once(self, adata: AnnOrMuData) -> Iterator[None]:
+        """Keep the moments of all cells while several results are drawn from the same data."""
+        table = self._table(adata)
+        self._kept_moments = (table, self._moments(table, np.arange(table.n_cells), None))
+        try:
+            yield
+        finally:
+            self._kept_moments = None
+
+    def _make_data_loader(
+        self,
+        adata: AnnOrMuData,
+        indices: Sequence[int] | None = None,
+        batch_size: int | None = None,
+        shuffle: bool = False,
+        data_loader_class: type | None = None,
+        **data_loader_kwargs: Any,
+    ) -> CellLoader:
+        """Cells in the order of ``indices`` with their encoder's moments, as scvi-tools' mixins expect them."""
+        table = self._table(adata)
+        rows = self._rows(table.n_cells, indices)
+        moments = self._moments(table, rows, None)
+        if shuffle:
+            rows = np.random.permutation(rows)
+        size = batch_size or default_row_batch_size(table.counts.n_genes)
+        return CellLoader(CellDataset(table, SpatialInputs(), None, moments), RowSampler(rows, size), **data_loader_kwargs)
+
+    @torch.inference_mode()
+    def get_latent_representation(
+        self,
+        adata: AnnOrMuData | None = None,
+        indices: Sequence[int] | None = None,
+        give_mean: bool = True,
+        mc_samples: int = 1,
+        batch_size: int | None = None,
+        return_dist: bool = False,
+        dataloader: Iterable[Minibatch] | None = None,
+    ) -> np.ndarray | Moments:
+        """Embed cells.
+
+        A cell is embedded in the company of its whole sample, whatever ``indices`` asks for, so its embedding depends
+        neither on them nor on ``batch_size``, the order of rows or other samples.
+
+        Parameters
+        ----------
+        adata
+            AnnData with the genes of the model, in any order; ``None`` is the one that the model was built with.
+        indices
+            Rows to return, in this order; ``None`` is all.
+        give_mean
+            Return the mean of q(z|h), a deterministic function of the cell and its sample, instead of draws.
+        mc_samples
+            Number of draws to average with ``give_mean=False``.
+        batch_size
+            Cells that the encoder takes at once; ``None`` chooses by memory.
+        return_dist
+            Return mean and variance of q(z|h).
+        dataloader
+            Minibatches to embed instead of ``adata``; rows are returned in its order.
+
+        Returns
+        -------
+        (n_cells, n_latent), float32, or two of them with ``return_dist``.
+        """
+        self._check_if_trained(warn=False)  # type: ignore[attr-defined]
+        if dataloader is not None:
+            if adata is not None or indices is not None:
+                raise ValueError("Pass either `dataloader` or `adata` and `indices`.")
+            mean, variance = self._moments_of(dataloader)
+        else:
+            adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
+            table = self._table(adata)
+            rows = self._rows(table.n_cells, indices)
+            mean, variance = (moment[rows] for moment in self._moments(table, rows, batch_size))
+        if return_dist:
+            return mean, variance
+        if give_mean:
+            return mean
+        draws = self.module.latent.sample(torch.from_numpy(mean), torch.from_numpy(variance), mc_samples)
+        return (draws if mc_samples == 1 else draws.mean(0)).numpy()
+
+    def _moments_of(self, dataloader: Iterable[Minibatch]) -> Moments:
+        self.module.eval()
+        outputs = [self.module.inference(tensors) for tensors in dataloader]
+        mean, variance = (torch.cat([o[key].float().cpu() for o in outputs]).numpy() for key in ("qzm", "qzv"))
+        return mean, variance
+
+    def get_mixture_probabilities(
+        self,
+        adata: AnnOrMuData | None = None,
+        indices: Sequence[int] | None = None,
+        batch_size: int | None = None,
+    ) -> pd.DataFrame:
+        """Probability that each component of the latent mixture generated a cell, q(y|z) at the mean of q(z|h).
+
+        Parameters
+        ----------
+        adata, indices, batch_size
+            As in :meth:`get_latent_representation`.
+
+        Returns
+        -------
+        (n_cells, n_components), rows named by ``obs_names`` and summing to one.
+
+        Raises
+        ------
+        ValueError
+            If the model's latent space is not a mixture.
+        """
+        latent = self.module.latent
+        if not isinstance(latent, MixtureLatent):
+            raise ValueError(
+                'Only a model with latent="mixture" has mixture components; this one was built with '
+                f'latent="{self.init_params_["non_kwargs"]["latent"]}".'  # type: ignore[attr-defined]
+            )
+        adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
+        mean = self.get_latent_representation(adata, indices=indices, batch_size=batch_size)
+        with torch.inference_mode():
+            z = torch.from_numpy(np.asarray(mean)).to(self.module.device)
+            probabilities = latent.responsibilities(z).cpu().numpy()
+        return pd.DataFrame(
+            probabilities,
+            index=adata.obs_names[self._rows(adata.n_obs, indices)],
+            columns=[f"component_{k}" for k in range(latent.n_components)],
+        )
+

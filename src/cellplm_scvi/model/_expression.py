@@ -1,0 +1,239 @@
+"""Expression decoded from the embedding: normalised values, differential expression, predictive samples, likelihoods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from scvi import settings
+from scvi.model.base import RNASeqMixin, VAEMixin
+from scvi.utils import track
+from torch import Tensor
+
+from .. import _constants as c
+from .._compat import AnnOrMuData, batch_codes
+from ..data._checks import some
+
+if TYPE_CHECKING:
+    from sparse import GCXS
+
+    from ..module import CellPLMModule
+
+
+@contextmanager
+def fixed_draws() -> Iterator[None]:
+    """Draw the same random numbers at each call, and leave the global generator as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed or 0)
+        yield
+
+
+class ExpressionMixin(RNASeqMixin, VAEMixin):
+    """What scvi-tools' models say of expression, aligned with ``obs_names``, the same at each call."""
+
+    module: CellPLMModule
+
+    @torch.inference_mode()
+    def get_normalized_expression(
+        self,
+        adata: AnnOrMuData | None = None,
+        indices: Sequence[int] | None = None,
+        transform_batch: Sequence[str | float] | str | float | None = None,
+        gene_list: Sequence[str] | None = None,
+        library_size: float | Literal["latent"] = 1,
+        n_samples: int = 1,
+        n_samples_overall: int | None = None,
+        weights: Literal["uniform"] | None = None,
+        batch_size: int | None = None,
+        return_mean: bool = True,
+        return_numpy: bool | None = None,
+        silent: bool = True,
+    ) -> np.ndarray | pd.DataFrame:
+        r"""Expected expression of each gene, denoised and in one batch if asked for.
+
+        Parameters
+        ----------
+        adata, indices
+            As in :meth:`~cellplm_scvi.CellPLM.get_latent_representation`.
+        transform_batch
+            Category of the batch to decode every cell in; several are averaged; ``None`` decodes each cell in its own.
+        gene_list
+            Genes to return; ``None`` is all that the AnnData shares with the model.
+        library_size
+            Counts that the expression of a cell adds up to, over the genes it measured; ``"latent"`` is its own.
+        n_samples
+            1 decodes the mean of q(z|h); more average over draws.
+        n_samples_overall
+            Draw this many (cell, z) pairs instead, for differential expression.
+        weights
+            Only uniform weights: importance weights assume a standard normal prior.
+        batch_size
+            Cells decoded at once; ``None`` chooses by memory.
+        return_mean
+            Average over the draws.
+        return_numpy
+            Return an array instead of a DataFrame.
+        silent
+            Hide the progress bar over ``transform_batch``.
+
+        Returns
+        -------
+        (n_cells, n_genes), or (n_samples, n_cells, n_genes) with ``return_mean=False``, or (n_samples_overall, n_genes).
+        Genes in the order of ``adata.var_names``. NaN where a cell's data set did not measure a gene.
+
+        Raises
+        ------
+        ValueError
+            If ``gene_list`` or ``transform_batch`` names something unknown.
+        """
+        if weights not in (None, "uniform"):
+            raise ValueError(f'weights="{weights}" is not available: importance weights assume a standard normal prior.')
+        adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
+        manager = self.get_anndata_manager(adata, required=True)  # type: ignore[attr-defined]
+        genes, names = self._genes(manager, gene_list)
+        rows = self._rows(adata.n_obs, indices)  # type: ignore[attr-defined]
+        if n_samples_overall is not None:
+            n_samples = n_samples_overall // max(rows.size, 1) + 1
+        draw = n_samples > 1 or n_samples_overall is not None
+        loader = self._make_data_loader(adata, rows, batch_size)  # type: ignore[attr-defined]
+        codes = batch_codes(manager, transform_batch)
+        parts = []
+        with fixed_draws():
+            for tensors in loader:
+                decoded = [
+                    self._decoded(tensors, code, n_samples if draw else None, library_size)[..., genes].cpu()
+                    for code in track(codes, disable=silent)
+                ]
+                mean = torch.stack(decoded).mean(0).numpy()
+                parts.append(mean.mean(0, keepdims=True) if draw and return_mean and n_samples_overall is None else mean)
+        shape = (1, 0, len(names)) if draw else (0, len(names))
+        expression = np.concatenate(parts, axis=-2) if parts else np.zeros(shape, np.float32)
+        if n_samples_overall is not None:
+            expression = expression.reshape(-1, expression.shape[-1])
+            chosen = np.random.default_rng(settings.seed or 0).integers(expression.shape[0], size=n_samples_overall)
+            return expression[chosen]
+        if draw and not return_mean:
+            return expression
+        expression = expression[0] if draw else expression
+        if return_numpy:
+            return expression
+        return pd.DataFrame(expression, index=adata.obs_names[rows], columns=names)
+
+    def _genes(self, manager: Any, gene_list: Sequence[str] | None) -> tuple[np.ndarray, pd.Index]:
+        """Columns of the model, and names, of the genes asked for, in the order of the data."""
+        known = pd.Index(manager.get_state_registry(c.X_KEY).column_names)
+        mod_key = getattr(manager.data_registry[c.X_KEY], "mod_key", None)
+        given = (manager.adata if mod_key is None else manager.adata.mod[mod_key]).var_names
+        names = given[given.isin(known)]
+        if gene_list is not None:
+            gene_list = [gene_list] if isinstance(gene_list, str) else list(gene_list)
+            unknown = [gene for gene in gene_list if gene not in names]
+            if unknown:
+                raise ValueError(f"gene_list has {len(unknown)} genes that are not known ({some(unknown)}).")
+            names = names[names.isin(gene_list)]
+        return known.get_indexer(names), names
+
+    def _decoded(
+        self, tensors: Any, code: int | None, n_samples: int | None, library_size: float | Literal["latent"]
+    ) -> Tensor:
+        """Expected expression of a minibatch, at the mean of q(z|h) or at draws, ((n_samples,) n_cells, n_genes)."""
+        inference = self.module.inference(tensors, n_samples=n_samples or 1)
+        if n_samples is None:
+            inference = inference | {"z": inference["qzm"]}  # type: ignore[assignment]
+        elif n_samples == 1:
+            inference = inference | {"z": inference["z"][None]}  # type: ignore[assignment]
+        inputs = self.module._get_generative_input(tensors, inference)
+        px = self.module.generative(**inputs, transform_batch=code)["px"]
+        values = px.mu if library_size == "latent" else px.scale * library_size
+        if px.output.measured is not None and px.panel is not None:
+            values = values.masked_fill(~px.output.measured[px.panel], torch.nan)
+        return values
+
+    def differential_expression(self, adata: AnnOrMuData | None = None, *args: Any, **kwargs: Any) -> pd.DataFrame:
+        """Bayesian differential expression between groups of cells (Boyeau et al. 2019), as in scvi-tools.
+
+        Parameters
+        ----------
+        adata
+            AnnData with the genes of the model; ``None`` is the one that the model was built with.
+        *args, **kwargs
+            ``groupby``, ``group1``, ``group2``, ``idx1``, ``idx2``, ``mode``, ``delta``, ``batch_correction`` and so on, of
+            :meth:`scvi.model.SCVI.differential_expression`.
+
+        Returns
+        -------
+        DataFrame with a row a gene and comparison.
+        """
+        adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
+        with self._encoded_once(adata), fixed_numpy_draws():  # type: ignore[attr-defined]
+            return super().differential_expression(adata, *args, **kwargs)
+
+    def posterior_predictive_sample(self, *args: Any, **kwargs: Any) -> GCXS:
+        """Draw counts from p(x'|x), as in scvi-tools; rows in the order of ``indices``.
+
+        Parameters
+        ----------
+        *args, **kwargs
+            ``adata``, ``indices``, ``transform_batch``, ``n_samples``, ``gene_list``, ``batch_size``, of
+            :meth:`scvi.model.SCVI.posterior_predictive_sample`.
+
+        Returns
+        -------
+        Sparse array (n_cells, n_genes), or (n_cells, n_genes, n_samples) for more than one sample.
+        """
+        with fixed_draws():
+            return super().posterior_predictive_sample(*args, **kwargs)
+
+    def get_elbo(self, *args: Any, **kwargs: Any) -> float:
+        """Evidence lower bound of the data, the higher the better, as in scvi-tools.
+
+        Parameters
+        ----------
+        *args, **kwargs
+            ``adata``, ``indices``, ``batch_size``, ``return_mean``, of :meth:`scvi.model.SCVI.get_elbo`.
+
+        Returns
+        -------
+        Mean over cells, or a tensor (n_cells,) with ``return_mean=False``.
+        """
+        with fixed_draws():
+            return super().get_elbo(*args, **kwargs)
+
+    def get_reconstruction_error(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Negative log-likelihood of the counts given one draw of z, as in scvi-tools.
+
+        Parameters
+        ----------
+        *args, **kwargs
+            ``adata``, ``indices``, ``batch_size``, ``return_mean``, of :meth:`scvi.model.SCVI.get_reconstruction_error`.
+
+        Returns
+        -------
+        ``{"reconstruction_loss": mean over cells, or (n_cells,) with return_mean=False}``.
+        """
+        with fixed_draws():
+            return super().get_reconstruction_error(*args, **kwargs)
+
+    def get_latent_library_size(
+        self, adata: AnnOrMuData | None = None, indices: Sequence[int] | None = None, **_: Any
+    ) -> np.ndarray:
+        """Library size of each cell, which this model takes as given, (n_cells,), counts."""
+        adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
+        table = self._table(adata)  # type: ignore[attr-defined]
+        library = table.totals if table.size_factor is None else table.size_factor
+        return library[self._rows(table.n_cells, indices)]  # type: ignore[attr-defined]
+
+
+@contextmanager
+def fixed_numpy_draws() -> Iterator[None]:
+    """The same for NumPy's global generator, which scvi-tools' differential expression draws from."""
+    state = np.random.get_state()
+    np.random.seed(settings.seed or 0)
+    try:
+        yield
+    finally:
+        np.random.set_state(state)

@@ -1,0 +1,119 @@
+"""Training, as users of scvi-tools know it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from scvi.train import TrainRunner
+
+from .._compat import devices_dsp, use_distributed_sampler
+from ..data._splitter import SampleSplitter
+from ..nn import MixtureLatent
+from ..train import CellPLMTrainingPlan, PlaceMixtureComponents
+from ._defaults import default_batch_size, default_max_epochs
+
+if TYPE_CHECKING:
+    from lightning import LightningDataModule
+
+    from ..module import CellPLMModule
+
+
+class TrainingMixin:
+    """Trains a model on minibatches of whole samples."""
+
+    module: CellPLMModule
+    _data_splitter_cls = SampleSplitter
+    _training_plan_cls = CellPLMTrainingPlan
+    _train_runner_cls = TrainRunner
+
+    @devices_dsp.dedent
+    def train(
+        self,
+        max_epochs: int | None = None,
+        accelerator: str = "auto",
+        devices: int | list[int] | str = "auto",
+        train_size: float | None = None,
+        validation_size: float | None = None,
+        shuffle_set_split: bool = True,
+        batch_size: int | None = None,
+        early_stopping: bool = False,
+        datasplitter_kwargs: dict[str, Any] | None = None,
+        plan_kwargs: dict[str, Any] | None = None,
+        datamodule: LightningDataModule | None = None,
+        **trainer_kwargs: Any,
+    ) -> None:
+        """Train the model.
+
+        Parameters
+        ----------
+        max_epochs
+            Passes over the data; ``None``: from their number, so that small data get enough optimiser steps.
+        %(param_accelerator)s
+        %(param_devices)s
+        train_size, validation_size
+            Shares of the cells (or of the samples, see ``datasplitter_kwargs``); by default 0.9 and the rest.
+        shuffle_set_split
+            Whether to draw the split at random.
+        batch_size
+            Number of cells packed in a minibatch; ``None``: from their number.
+        early_stopping
+            Stop when the validation ELBO no longer improves.
+        datasplitter_kwargs
+            Of :class:`~cellplm_scvi.data.SampleSplitter`: ``split_by``, ``context_size``, ``external_indexing``,
+            ``num_workers`` and so on.
+        plan_kwargs
+            Of :class:`~cellplm_scvi.train.CellPLMTrainingPlan`: ``lr``, ``weight_decay``, ``n_epochs_kl_warmup`` and so on.
+        datamodule
+            Minibatches from elsewhere instead of the model's AnnData; ``max_epochs`` is then needed.
+        **trainer_kwargs
+            Of :class:`scvi.train.Trainer`, such as ``precision="bf16-mixed"``, ``strategy="ddp"``, ``callbacks``.
+        """
+        data = datamodule or self._splitter(train_size, validation_size, shuffle_set_split, batch_size, datasplitter_kwargs)
+        if max_epochs is None:
+            if not isinstance(data, SampleSplitter):
+                raise ValueError("Pass max_epochs together with datamodule.")
+            max_epochs = default_max_epochs(data.n_train, data.n_batches)
+        if isinstance(data, SampleSplitter):
+            if early_stopping and data.n_val == 0:
+                raise ValueError("early_stopping watches validation cells; there are none. Use a train_size below 1.")
+        plan_kwargs = {"n_epochs_kl_warmup": max(1, max_epochs // 3), **(plan_kwargs or {})}
+        callbacks = list(trainer_kwargs.pop("callbacks", None) or [])
+        if isinstance(self.module.latent, MixtureLatent) and not self.is_trained_:  # type: ignore[attr-defined]
+            callbacks.append(PlaceMixtureComponents(epoch=max_epochs // 3))
+        runner = self._train_runner_cls(
+            self,
+            training_plan=self._training_plan_cls(self.module, **plan_kwargs),
+            data_splitter=data,
+            max_epochs=max_epochs,
+            accelerator=accelerator,
+            devices=devices,
+            early_stopping=early_stopping,
+            callbacks=callbacks,
+            # the samplers share their minibatches out among ranks themselves
+            **({"use_distributed_sampler": False} if use_distributed_sampler(trainer_kwargs.get("strategy")) else {}),
+            **{"gradient_clip_val": 1.0, **trainer_kwargs},
+        )
+        runner()
+
+    def _splitter(
+        self,
+        train_size: float | None,
+        validation_size: float | None,
+        shuffle_set_split: bool,
+        batch_size: int | None,
+        datasplitter_kwargs: dict[str, Any] | None,
+    ) -> SampleSplitter:
+        if self.adata is None:  # type: ignore[attr-defined]
+            raise ValueError("This model has no AnnData. Load it with `adata=` or pass `datamodule` to train it.")
+        spatial = self._spatial_inputs  # type: ignore[attr-defined]
+        n_cells = self.adata.n_obs  # type: ignore[attr-defined]
+        return self._data_splitter_cls(
+            self.adata_manager,  # type: ignore[attr-defined]
+            train_size=train_size,
+            validation_size=validation_size,
+            shuffle_set_split=shuffle_set_split,
+            batch_size=batch_size or default_batch_size(n_cells, spatial=self.module.spatial),
+            spatial=spatial,
+            max_context=self.module.max_context,
+            **(datasplitter_kwargs or {}),
+        )

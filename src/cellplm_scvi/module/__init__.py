@@ -1,0 +1,5 @@
+"""The scvi-tools module."""
+
+from ._module import CellPLMModule
+
+__all__ = ["CellPLMModule"]

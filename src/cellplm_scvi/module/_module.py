@@ -1,0 +1,254 @@
+"""Wires the network into scvi-tools' steps: inference, generative, loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from scvi.module.base import BaseModuleClass, LossOutput, auto_move_data
+from torch import Tensor, nn
+from torch.distributions import Normal
+
+from ..nn import (
+    BatchAwareDecoder,
+    Encoder,
+    GeneEmbedder,
+    GeneMasking,
+    GeneOutput,
+    Latent,
+    Neighbourhood,
+    Packing,
+    Position,
+    SparseCounts,
+    TransformerEncoder,
+    latent_space,
+    position_code,
+    softmax_nb_loss,
+)
+from ._expression import ExpressionDistribution
+
+if TYPE_CHECKING:
+    from .._typing import GenerativeOutputs, InferenceOutputs, Minibatch
+
+
+class CellPLMModule(BaseModuleClass):
+    """CellPLM (Wen et al. 2024): gene-expression embedder, encoder over cells, latent space, batch-aware decoder.
+
+    Parameters
+    ----------
+    n_genes
+        Number of genes.
+    covariates
+        Number of categories of each covariate of the decoder.
+    n_hidden, n_layers, n_heads, n_latent, n_components, dropout_rate, encoder, latent, position
+        As in :class:`~cellplm_scvi.CellPLM`.
+    n_decoder_layers
+        Hidden layers of the decoder.
+    n_spatial_dims
+        Columns of the coordinates; 0 without.
+    n_neighbours
+        Nearest cells for local attention.
+    niche_weight
+        Weight of the likelihood of the neighbourhood's counts given z, for cells with neighbours.
+    masking
+        How genes are hidden from the encoder in training, or ``None``.
+    target_sum
+        Library size to which input counts are normalised before ``log1p``; ``None`` for raw counts.
+    gene_shares
+        Share of each gene in all counts, (n_genes,), where the decoder starts.
+    rest
+        Whether the library size also counts genes that are not modelled.
+    max_context
+        Most cells that see each other at inference.
+    """
+
+    def __init__(
+        self,
+        n_genes: int,
+        covariates: Mapping[str, int],
+        *,
+        n_hidden: int = 128,
+        n_layers: int = 2,
+        n_heads: int = 4,
+        n_latent: int = 32,
+        n_components: int = 16,
+        dropout_rate: float = 0.1,
+        encoder: Encoder = "flow",
+        latent: Latent = "mixture",
+        position: Position = "none",
+        n_decoder_layers: int = 1,
+        n_spatial_dims: int = 0,
+        n_neighbours: int = 32,
+        niche_weight: float = 0.0,
+        masking: GeneMasking | None = None,
+        target_sum: float | None = 1e4,
+        gene_shares: Tensor | None = None,
+        rest: bool = False,
+        max_context: int = 8192,
+    ):
+        super().__init__()
+        self.n_hidden = n_hidden
+        self.max_context = max_context
+        self.gene_likelihood = "nb"
+        self.masking = masking
+        self.spatial = n_spatial_dims > 0
+        local = self.spatial and position == "local"
+        self.n_neighbours = n_neighbours if local else 0
+        self.absolute_position = self.spatial and position in ("fourier", "sinusoidal")
+        self.embedder = GeneEmbedder(n_genes, n_hidden, target_sum, dropout_rate)
+        self.position = position_code(position, n_hidden, n_spatial_dims) if self.spatial else None
+        self.encoder = TransformerEncoder(encoder, n_hidden, n_layers, n_heads, dropout_rate, local=local)
+        self.latent = latent_space(latent, n_hidden, n_latent, n_components)
+        self.decoder = BatchAwareDecoder(
+            n_latent, n_hidden, n_decoder_layers, n_genes, covariates, dropout_rate, gene_shares, rest
+        )
+        self.niche = NicheDecoder(n_latent, n_hidden, n_genes, gene_shares) if local and niche_weight > 0 else None
+        self.niche_weight = niche_weight
+
+    @property
+    def n_genes(self) -> int:
+        return self.embedder.weight.shape[0]
+
+    def counts(self, tensors: Minibatch) -> SparseCounts:
+        """Counts of the minibatch, (n_cells, n_genes)."""
+        return SparseCounts(tensors["values"], tensors["genes"], tensors["offsets"], self.n_genes)
+
+    def encode(self, tensors: Minibatch) -> tuple[Tensor, Tensor]:
+        """Mean and variance of q(z|h) of every cell of a minibatch, context included, each (n_cells, n_latent)."""
+        counts = self.counts(tensors)
+        if self.training and self.masking is not None:
+            counts = self.masking(counts)
+        h = self.embedder(counts, tensors["library"])
+        packing = Packing(tensors["lengths"])
+        neighbourhood = None
+        if self.position is not None:
+            h = h + self.position(self._coordinates(tensors))
+            if "neighbours" in tensors:
+                neighbourhood = Neighbourhood(tensors["neighbours"], tensors["distances"])
+        return self.latent.posterior(self.encoder(h, packing, neighbourhood))
+
+    def _coordinates(self, tensors: Minibatch) -> Tensor:
+        """Coordinates where the position code takes them; else only whether a cell has any neighbour."""
+        if "coordinates" in tensors:
+            return tensors["coordinates"]
+        nowhere = torch.full_like(tensors["library"][:, None], torch.nan)
+        if "neighbours" not in tensors:
+            return nowhere
+        return torch.where((tensors["neighbours"] >= 0).any(1, keepdim=True), 0.0, nowhere)
+
+    def _get_inference_input(self, tensors: Minibatch, **kwargs: Any) -> dict[str, Minibatch]:
+        return {"tensors": tensors}
+
+    @auto_move_data
+    def inference(self, tensors: Minibatch, n_samples: int = 1) -> InferenceOutputs:
+        """Run the encoder, unless its moments came with the minibatch.
+
+        Returns
+        -------
+        Latent draws ``z`` ((n_samples,) n_targets, n_latent), the posterior and the library of the cells that count.
+        """
+        library = tensors["library"]
+        if "qz_mean" in tensors:
+            mean, variance = tensors["qz_mean"], tensors["qz_variance"]
+        else:
+            mean, variance = self.encode(tensors)
+        if "target" in tensors:
+            target = tensors["target"]
+            mean, variance, library = mean[target], variance[target], library[target]
+        z = self.latent.sample(mean, variance, n_samples)
+        qz = Normal(mean, variance.clamp_min(1e-12).sqrt(), validate_args=False)
+        return {"z": z, "qz": qz, "qzm": mean, "qzv": variance, "library": library}
+
+    def _get_generative_input(
+        self, tensors: Minibatch, inference_outputs: InferenceOutputs, **kwargs: Any
+    ) -> dict[str, Any]:
+        def targets(values: Tensor) -> Tensor:
+            return values[tensors["target"]] if "target" in tensors else values
+
+        return {
+            "z": inference_outputs["z"],
+            "library": inference_outputs["library"],
+            "covariates": {name: targets(tensors[name]) for name in self.decoder.codes},  # type: ignore[literal-required]
+            "measured": tensors.get("measured"),
+            "panel": targets(tensors["panel"]) if "panel" in tensors else None,
+        }
+
+    @auto_move_data
+    def generative(
+        self,
+        z: Tensor,
+        library: Tensor,
+        covariates: dict[str, Tensor],
+        measured: Tensor | None = None,
+        panel: Tensor | None = None,
+        transform_batch: int | None = None,
+    ) -> GenerativeOutputs:
+        """Decode z, (..., n_cells, n_latent), to the distribution of counts of every gene.
+
+        ``transform_batch`` decodes as if all cells came from that batch.
+        """
+        if transform_batch is not None and "batch" in covariates:
+            covariates = covariates | {"batch": torch.full_like(covariates["batch"], transform_batch)}
+        hidden = self.decoder(z, covariates)
+        output = self.decoder.output(measured)
+        return {"hidden": hidden, "px": ExpressionDistribution(hidden, output, library, panel)}
+
+    def loss(
+        self,
+        tensors: Minibatch,
+        inference_outputs: InferenceOutputs,
+        generative_outputs: GenerativeOutputs,
+        kl_weight: float = 1.0,
+    ) -> LossOutput:
+        """Negative ELBO: NB likelihood of all measured genes, with masked input, and divergence from the prior."""
+        px = generative_outputs["px"]
+        counts = self.counts(tensors)
+        if "target" in tensors:
+            counts = counts.select(tensors["target"])
+        n_cells = counts.n_cells
+        weight = px.library.new_full((n_cells,), 1.0 / n_cells)
+        loss, reconstruction = softmax_nb_loss(px.hidden, counts, px.library, px.output, weight, px.panel)
+        divergence = self.latent.divergence(inference_outputs["z"], inference_outputs["qzm"], inference_outputs["qzv"])
+        loss = loss + kl_weight * divergence.mean()
+        extra = {}
+        if self.niche is not None and "niche_values" in tensors:
+            niche = SparseCounts(
+                tensors["niche_values"], tensors["niche_genes"], tensors["niche_offsets"], self.n_genes
+            )
+            if "target" in tensors:
+                niche = niche.select(tensors["target"])
+            niche_loss = self.niche.loss(inference_outputs["z"], niche)
+            loss = loss + self.niche_weight * niche_loss
+            extra["niche_loss"] = niche_loss.detach()
+        return LossOutput(loss=loss, reconstruction_loss=reconstruction, kl_local=divergence, extra_metrics=extra)
+
+    @torch.inference_mode()
+    def sample(
+        self, tensors: Minibatch, n_samples: int = 1, generative_kwargs: dict[str, Any] | None = None
+    ) -> Tensor:
+        """Draw counts from the posterior predictive, (n_cells, n_genes(, n_samples)), on the CPU."""
+        _, outputs = self.forward(
+            tensors,
+            inference_kwargs={"n_samples": n_samples},
+            generative_kwargs=generative_kwargs,
+            compute_loss=False,
+        )
+        draws = outputs["px"].sample()
+        return (draws if n_samples == 1 else draws.permute(1, 2, 0)).cpu()
+
+
+class NicheDecoder(nn.Module):
+    """Predicts the counts of a cell's neighbourhood from its z, so that z carries where the cell lies."""
+
+    def __init__(self, n_latent: int, n_hidden: int, n_genes: int, gene_shares: Tensor | None):
+        super().__init__()
+        self.decoder = BatchAwareDecoder(n_latent, n_hidden, 1, n_genes, {}, gene_shares=gene_shares)
+
+    def loss(self, z: Tensor, niche: SparseCounts) -> Tensor:
+        """Mean NB loss over cells with neighbours; z (n_cells, n_latent), niche (n_cells, n_genes)."""
+        total = niche.sum()
+        weight = (total > 0).float()
+        weight = weight / weight.sum().clamp_min(1.0)
+        hidden = self.decoder(z, {})
+        return softmax_nb_loss(hidden, niche, total, self.decoder.output(), weight)[0]

@@ -1,0 +1,30 @@
+"""The network in pure PyTorch: embedder, positions, encoders, latent spaces, decoder, likelihood."""
+
+from ._attention import Neighbourhood, Packing
+from ._decoder import BatchAwareDecoder
+from ._embedder import GeneEmbedder
+from ._encoders import Encoder, TransformerEncoder
+from ._latents import Latent, MixtureLatent, latent_space
+from ._masking import GeneMasking
+from ._nb import GeneOutput, nb_negative_log_likelihood, softmax_nb_loss
+from ._positions import Position, position_code
+from ._sparse import SparseCounts
+
+__all__ = [
+    "BatchAwareDecoder",
+    "Encoder",
+    "GeneEmbedder",
+    "GeneMasking",
+    "GeneOutput",
+    "Latent",
+    "MixtureLatent",
+    "Neighbourhood",
+    "Packing",
+    "Position",
+    "SparseCounts",
+    "TransformerEncoder",
+    "latent_space",
+    "nb_negative_log_likelihood",
+    "position_code",
+    "softmax_nb_loss",
+]

@@ -1,0 +1,238 @@
+"""Attention over the cells of a sample, for several samples packed into one minibatch."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Which rows of a minibatch belong to one sample (or to one slice of a large sample).
+
+    The rows of a sample are contiguous. For products over the cells of a sample, rows are laid out as blocks of equal
+    length that never cross a sample's border, so that hundreds of small samples and one large one take the same few
+    batched matrix products.
+
+    Parameters
+    ----------
+    lengths
+        Number of cells of each packed sample, (n_samples,).
+    """
+
+    lengths: Tensor
+
+    @property
+    def n_samples(self) -> int:
+        return self.lengths.shape[0]
+
+    @cached_property
+    def segment(self) -> Tensor:
+        """Sample of each row, (n_cells,)."""
+        samples = torch.arange(self.n_samples, device=self.lengths.device)
+        return torch.repeat_interleave(samples, self.lengths)
+
+    @cached_property
+    def block_size(self) -> int:
+        """Rows of a block: about a quarter of the mean sample, so that little is padded."""
+        if self.n_samples == 1:
+            return int(self.lengths[0])
+        mean = float(self.lengths.float().mean())
+        return max(8, min(256, 1 << int(max(mean / 4, 1)).bit_length()))
+
+    @cached_property
+    def _slots(self) -> tuple[Tensor, Tensor, int]:
+        """Slot of each row in the block layout, sample of each block, number of blocks."""
+        size = self.block_size
+        blocks = (self.lengths + size - 1) // size
+        first_block = blocks.cumsum(0) - blocks
+        first_row = self.lengths.cumsum(0) - self.lengths
+        within = torch.arange(self.segment.shape[0], device=self.lengths.device) - first_row[self.segment]
+        slots = first_block[self.segment] * size + within
+        block_sample = torch.repeat_interleave(torch.arange(self.n_samples, device=self.lengths.device), blocks)
+        return slots, block_sample, block_sample.shape[0]
+
+    @property
+    def block_sample(self) -> Tensor:
+        """Sample of each block, (n_blocks,)."""
+        return self._slots[1]
+
+    def to_blocks(self, rows: Tensor) -> Tensor:
+        """(n_cells, ...) -> (n_blocks, block_size, ...), padded with zeros."""
+        if self.n_samples == 1:
+            return rows[None]
+        slots, _, n_blocks = self._slots
+        blocks = rows.new_zeros(n_blocks * self.block_size, *rows.shape[1:])
+        return blocks.index_copy(0, slots, rows).view(n_blocks, self.block_size, *rows.shape[1:])
+
+    def from_blocks(self, blocks: Tensor) -> Tensor:
+        """Inverse of :meth:`to_blocks`."""
+        if self.n_samples == 1:
+            return blocks[0]
+        return blocks.flatten(0, 1)[self._slots[0]]
+
+    def sum(self, rows: Tensor) -> Tensor:
+        """Sum over the cells of each sample, (n_cells, ...) -> (n_samples, ...), in float32."""
+        rows = rows.float()
+        if self.n_samples == 1:
+            return rows.sum(0, keepdim=True)
+        return rows.new_zeros(self.n_samples, *rows.shape[1:]).index_add(0, self.segment, rows)
+
+    def softmax(self, rows: Tensor) -> Tensor:
+        """Softmax over the cells of each sample, of values of bounded size, (n_cells, ...), in float32."""
+        exp = rows.float().exp()
+        return exp / self.sum(exp)[self.segment]
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """Rows of each sample side by side: index (n_samples, longest) into the rows, and which are real."""
+        longest = int(self.lengths.max())
+        place = torch.arange(longest, device=self.lengths.device)
+        real = place < self.lengths[:, None]
+        first = self.lengths.cumsum(0) - self.lengths
+        return torch.where(real, first[:, None] + place, 0), real
+
+
+@dataclass(frozen=True)
+class Neighbourhood:
+    """The nearest cells of each cell inside its own sample.
+
+    Parameters
+    ----------
+    index
+        Row in the minibatch of each neighbour, (n_cells, k); -1 where there is none.
+    distance
+        Distance to it in units of the sample's typical cell spacing, (n_cells, k).
+    """
+
+    index: Tensor
+    distance: Tensor
+
+    @cached_property
+    def present(self) -> Tensor:
+        """Which neighbours exist, (n_cells, k)."""
+        return self.index >= 0
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Rows of the neighbours, (n_cells, ...) -> (n_cells, k, ...); row 0 where there is no neighbour."""
+        return rows[self.index.clamp_min(0)]
+
+
+class Attention(nn.Module, ABC):
+    """Multi-head attention over packed samples."""
+
+    def __init__(self, n_hidden: int, n_heads: int, dropout_rate: float = 0.0):
+        super().__init__()
+        if n_hidden % n_heads:
+            raise ValueError(f"n_hidden ({n_hidden}) must be a multiple of n_heads ({n_heads}).")
+        self.n_heads = n_heads
+        self.dropout_rate = dropout_rate
+        self.qkv = nn.Linear(n_hidden, 3 * n_hidden)
+        self.out = nn.Linear(n_hidden, n_hidden)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (n_cells, n_heads, d_head)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).unbind(1)
+        return q, k, v
+
+    def dropped(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout_rate, self.training)
+
+
+class GlobalAttention(Attention):
+    """Attention between all the cells of a sample."""
+
+    @abstractmethod
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+        """(n_cells, n_heads, d_head) three times -> the same shape."""
+
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        """Mix the cells of each packed sample, (n_cells, n_hidden) -> (n_cells, n_hidden)."""
+        mixed = self.attend(*self.heads(x), packing)
+        return self.dropped(self.out(mixed.flatten(1).to(x.dtype)))
+
+
+class FlowAttention(GlobalAttention):
+    r"""Flowformer's linear attention (Wu et al. 2022): cost linear in the number of cells.
+
+    With :math:`\phi` the sigmoid, incoming flow :math:`I_i = \phi(q_i)\sum_j\phi(k_j)`, outgoing flow
+    :math:`O_j = \phi(k_j)\sum_i\phi(q_i)` and their conserved counterparts :math:`I'_i = \phi(q_i)\sum_j\phi(k_j)/O_j`
+    and :math:`O'_j = \phi(k_j)\sum_i\phi(q_i)/I_i` (clamped to [-1, 1]),
+
+    .. math::
+        \mathrm{out}_i = \sigma(I'_i)\,\frac{\phi(q_i)}{I_i}\sum_j\phi(k_j)^\top\,\mathrm{softmax}_j(O')\,N\,v_j .
+
+    Sums over cells are float32.
+    """
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+        q, k, v = q.float().sigmoid(), k.float().sigmoid(), v.float()
+        segment = packing.segment
+        one_sample = packing.n_samples == 1
+
+        def spread(per_sample: Tensor) -> Tensor:
+            return per_sample if one_sample else per_sample[segment]
+
+        incoming = ((q + EPS) * (spread(packing.sum(k)) + EPS)).sum(-1, keepdim=True)
+        outgoing = ((k + EPS) * (spread(packing.sum(q)) + EPS)).sum(-1, keepdim=True)
+        conserved_in = ((q + EPS) * (spread(packing.sum(k / outgoing)) + EPS)).sum(-1, keepdim=True)
+        conserved_out = ((k + EPS) * (spread(packing.sum(q / incoming)) + EPS)).sum(-1, keepdim=True).clamp(-1.0, 1.0)
+        n_cells = packing.lengths.float()[segment][:, None, None]
+        v = v * packing.softmax(conserved_out) * n_cells
+        return conserved_in.sigmoid() * self._weighted_sum(q / incoming, k, v, packing)
+
+    @staticmethod
+    def _weighted_sum(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+        """q_i @ sum_j k_j^T v_j within each sample, (n_cells, n_heads, d_head)."""
+        q, k, v = (packing.to_blocks(t).transpose(1, 2) for t in (q, k, v))  # (n_blocks, n_heads, size, d_head)
+        products = k.transpose(-1, -2) @ v  # (n_blocks, n_heads, d_head, d_head)
+        if packing.n_samples > 1:
+            per_sample = products.new_zeros(packing.n_samples, *products.shape[1:])
+            products = per_sample.index_add(0, packing.block_sample, products)[packing.block_sample]
+        return packing.from_blocks((q @ products).transpose(1, 2))
+
+
+class SoftmaxAttention(GlobalAttention):
+    """Exact softmax attention through torch's fused kernel, over samples padded to the longest."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+        if packing.n_samples == 1:
+            mixed = F.scaled_dot_product_attention(*(t.transpose(0, 1)[None] for t in (q, k, v)))
+            return mixed[0].transpose(0, 1)
+        index, real = packing.padded()
+        mixed = F.scaled_dot_product_attention(
+            *(t[index].transpose(1, 2) for t in (q, k, v)), attn_mask=real[:, None, None, :]
+        )
+        return mixed.transpose(1, 2)[real]
+
+
+class LocalAttention(Attention):
+    """Attention over the nearest cells, biased by distance: shift, rotation and mirroring change nothing.
+
+    Each head subtracts its own (positive, learned) slope times the distance from the logits; slopes start on a
+    geometric scale, so that some heads see the next cells and others the whole neighbourhood. A cell without
+    coordinates has no neighbours and gets zero.
+    """
+
+    def __init__(self, n_hidden: int, n_heads: int, dropout_rate: float = 0.0):
+        super().__init__(n_hidden, n_heads, dropout_rate)
+        slopes = torch.logspace(0, -2, n_heads, base=2.0) if n_heads > 1 else torch.ones(1)
+        self.log_slope = nn.Parameter(slopes.log())
+
+    def forward(self, x: Tensor, neighbourhood: Neighbourhood) -> Tensor:
+        """(n_cells, n_hidden) -> (n_cells, n_hidden)."""
+        q, k, v = self.heads(x)
+        k, v = neighbourhood.gather(k), neighbourhood.gather(v)  # (n_cells, k, n_heads, d_head)
+        logits = torch.einsum("nhd,nkhd->nkh", q, k).float() / q.shape[-1] ** 0.5
+        logits = logits - neighbourhood.distance[..., None] * self.log_slope.exp()
+        present = neighbourhood.present[..., None]
+        # A finite fill keeps rows without any neighbour free of NaN; the product with `present` makes them zero.
+        weights = logits.masked_fill(~present, -1e4).softmax(1) * present
+        mixed = torch.einsum("nkh,nkhd->nhd", weights.to(v.dtype), v)
+        return self.dropped(self.out(mixed.flatten(1)))

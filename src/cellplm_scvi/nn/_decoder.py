@@ -1,0 +1,101 @@
+"""Batch-aware decoder: latent code and covariates to the mean and dispersion of every gene."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ._nb import GeneOutput
+
+
+class CovariateCodes(nn.Module):
+    """Learned contribution of each category of one covariate (batch, platform, data set).
+
+    A code outside the table (an unseen category, or -1 for an absent one) gets the mean of the learned contributions.
+    """
+
+    def __init__(self, n_categories: int, n_hidden: int):
+        super().__init__()
+        self.weight = nn.Parameter(0.1 * torch.randn(n_categories, n_hidden))
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """(n_cells,) -> (n_cells, n_hidden)."""
+        known = (codes >= 0) & (codes < self.weight.shape[0])
+        learned = self.weight[codes.clamp(0, self.weight.shape[0] - 1)]
+        return torch.where(known[:, None], learned, self.weight.mean(0))
+
+
+class BatchAwareDecoder(nn.Module):
+    """Decodes z and covariates to a hidden state, and that to genes.
+
+    Covariates enter before the non-linearity and once more right before the genes, where they can shift single genes.
+
+    Parameters
+    ----------
+    n_latent, n_hidden, n_layers, n_genes
+        Sizes; ``n_layers`` counts hidden layers.
+    covariates
+        Number of categories of each covariate.
+    gene_shares
+        Share of each gene in all counts, (n_genes,), where the output starts.
+    rest
+        Whether the library size also counts genes that are not modelled.
+    """
+
+    def __init__(
+        self,
+        n_latent: int,
+        n_hidden: int,
+        n_layers: int,
+        n_genes: int,
+        covariates: Mapping[str, int],
+        dropout_rate: float = 0.0,
+        gene_shares: Tensor | None = None,
+        rest: bool = False,
+    ):
+        super().__init__()
+        self.input = nn.Linear(n_latent, n_hidden)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(n_hidden), nn.GELU(), nn.Dropout(dropout_rate), nn.Linear(n_hidden, n_hidden))
+            for _ in range(n_layers)
+        )
+        self.norm = nn.LayerNorm(n_hidden)
+        self.codes = nn.ModuleDict({name: CovariateCodes(n, n_hidden) for name, n in covariates.items()})
+        self.output_codes = nn.ModuleDict({name: CovariateCodes(n, n_hidden) for name, n in covariates.items()})
+        self.weight = nn.Parameter(torch.randn(n_genes, n_hidden) / n_hidden**0.5)
+        shares = torch.full((n_genes,), 1.0 / n_genes) if gene_shares is None else gene_shares.float()
+        self.bias = nn.Parameter(shares.clamp_min(1e-8).log())
+        self.log_theta = nn.Parameter(torch.zeros(n_genes))
+        self.rest = rest
+
+    def output(self, measured: Tensor | None = None) -> GeneOutput:
+        """The last layer, as the likelihood takes it; ``measured`` (n_panels, n_genes) are the genes of each panel."""
+        return GeneOutput(self.weight, self.bias, self.log_theta, measured, self.rest)
+
+    def forward(self, z: Tensor, covariates: Mapping[str, Tensor]) -> Tensor:
+        """Hidden states before the last layer.
+
+        Parameters
+        ----------
+        z
+            (..., n_cells, n_latent).
+        covariates
+            Codes of each covariate, (n_cells,).
+
+        Returns
+        -------
+        (..., n_cells, n_hidden)
+        """
+        h = self.input(z)
+        for name, table in self.codes.items():
+            h = h + table(covariates[name])
+        first, *rest = self.layers
+        h = first(h)
+        for layer in rest:
+            h = h + layer(h)
+        h = torch.nn.functional.gelu(self.norm(h))
+        for name, table in self.output_codes.items():
+            h = h + table(covariates[name])
+        return h

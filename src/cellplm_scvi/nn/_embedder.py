@@ -1,0 +1,54 @@
+"""Gene-expression embedder: a bag of genes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ._sparse import SparseCounts
+
+
+class GeneEmbedder(nn.Module):
+    r"""Sum of gene embeddings weighted by expression, :math:`e_i = \sum_j f(x_{ij}) E_j`.
+
+    Parameters
+    ----------
+    n_genes
+        Size of the gene vocabulary G.
+    n_hidden
+        Width d of the embedding.
+    target_sum
+        Library size to which counts are normalised before ``log1p``; ``None`` leaves them raw.
+    dropout_rate
+        Dropout after the projection.
+    """
+
+    def __init__(self, n_genes: int, n_hidden: int, target_sum: float | None, dropout_rate: float = 0.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(n_genes, n_hidden) / n_hidden**0.5)
+        self.project = nn.Sequential(
+            nn.LayerNorm(n_hidden), nn.Linear(n_hidden, n_hidden), nn.GELU(), nn.Dropout(dropout_rate)
+        )
+        self.normalises = target_sum is not None
+        self.register_buffer("target_sum", torch.tensor(1.0 if target_sum is None else float(target_sum)))
+
+    def expression(self, counts: SparseCounts, library: Tensor) -> SparseCounts:
+        """Feature f(x): log1p of (library-size-normalised) counts, at the non-zero entries.
+
+        Parameters
+        ----------
+        counts
+            Counts, (n_cells, n_genes).
+        library
+            Library size of each cell, (n_cells,), in counts.
+        """
+        values = counts.values
+        if self.normalises:
+            scale = self.target_sum / library.clamp_min(1e-8)
+            values = values * scale[counts.rows]
+        return counts.with_values(torch.log1p(values))
+
+    def forward(self, counts: SparseCounts, library: Tensor) -> Tensor:
+        """Embed cells: counts (n_cells, n_genes), library (n_cells,) -> (n_cells, n_hidden)."""
+        bag = self.expression(counts, library).matmul(self.weight)
+        return self.project(bag)

@@ -1,0 +1,89 @@
+"""Encoders: what mixes the cells of a sample."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+from torch import Tensor, nn
+
+from ._attention import FlowAttention, GlobalAttention, LocalAttention, Neighbourhood, Packing, SoftmaxAttention
+
+Encoder = Literal["flow", "softmax", "mlp"]
+
+
+class CellEncoder(nn.Module, ABC):
+    """Maps the embeddings of the cells of packed samples to hidden states."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, packing: Packing, neighbourhood: Neighbourhood | None) -> Tensor:
+        """(n_cells, n_hidden) -> (n_cells, n_hidden); ``neighbourhood`` is ``None`` where there are no coordinates."""
+
+
+class EncoderLayer(nn.Module):
+    """Pre-norm layer: global attention and local attention side by side, then a feed-forward network.
+
+    Parameters
+    ----------
+    attention
+        Global attention, or ``None`` (MLP).
+    local
+        Local attention, or ``None`` (no coordinates).
+    """
+
+    def __init__(
+        self, n_hidden: int, attention: GlobalAttention | None, local: LocalAttention | None, dropout_rate: float
+    ):
+        super().__init__()
+        self.attention = attention
+        self.local = local
+        self.norm_attention = nn.LayerNorm(n_hidden) if attention is not None or local is not None else None
+        self.norm_feed_forward = nn.LayerNorm(n_hidden)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(n_hidden, 2 * n_hidden),
+            nn.GELU(),
+            nn.Dropout(dropout_rate),
+            nn.Linear(2 * n_hidden, n_hidden),
+            nn.Dropout(dropout_rate),
+        )
+
+    def forward(self, x: Tensor, packing: Packing, neighbourhood: Neighbourhood | None) -> Tensor:
+        """(n_cells, n_hidden) -> (n_cells, n_hidden)."""
+        if self.norm_attention is not None:
+            normed = self.norm_attention(x)
+            if self.attention is not None:
+                x = x + self.attention(normed, packing)
+            if self.local is not None and neighbourhood is not None:
+                x = x + self.local(normed, neighbourhood)
+        return x + self.feed_forward(self.norm_feed_forward(x))
+
+
+class TransformerEncoder(CellEncoder):
+    """A stack of :class:`EncoderLayer` and a final norm.
+
+    Parameters
+    ----------
+    kind
+        Global attention: ``"flow"`` (linear), ``"softmax"`` (exact) or ``"mlp"`` (none).
+    local
+        Whether each layer also attends to the nearest cells.
+    """
+
+    def __init__(
+        self, kind: Encoder, n_hidden: int, n_layers: int, n_heads: int, dropout_rate: float, *, local: bool
+    ):
+        super().__init__()
+        attentions: dict[str, type[GlobalAttention]] = {"flow": FlowAttention, "softmax": SoftmaxAttention}
+
+        def layer() -> EncoderLayer:
+            attention = attentions[kind](n_hidden, n_heads, dropout_rate) if kind in attentions else None
+            near = LocalAttention(n_hidden, n_heads, dropout_rate) if local else None
+            return EncoderLayer(n_hidden, attention, near, dropout_rate)
+
+        self.layers = nn.ModuleList(layer() for _ in range(n_layers))
+        self.norm = nn.LayerNorm(n_hidden)
+
+    def forward(self, x: Tensor, packing: Packing, neighbourhood: Neighbourhood | None) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, packing, neighbourhood)
+        return self.norm(x)

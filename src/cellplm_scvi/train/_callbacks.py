@@ -1,0 +1,75 @@
+"""What happens in between epochs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from sklearn.cluster import KMeans
+from torch import distributed
+
+from .._compat import move_to_device
+from ..nn import MixtureLatent
+
+if TYPE_CHECKING:
+    from ..module import CellPLMModule
+
+
+class PlaceMixtureComponents(Callback):
+    """Places the components of the mixture prior on the data once the embedding has taken shape.
+
+    Until then they lie together near the standard normal prior. At the start of ``epoch``, k-means on the posterior means
+    of training cells gives their means, variances and weights.
+
+    Parameters
+    ----------
+    epoch
+        When to do it.
+    max_cells
+        Number of training cells at which to stop collecting.
+    """
+
+    def __init__(self, epoch: int, max_cells: int = 20_000):
+        self.epoch = epoch
+        self.max_cells = max_cells
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Place the components at the chosen epoch."""
+        module: CellPLMModule = pl_module.module  # type: ignore[assignment]
+        latent = module.latent
+        if trainer.current_epoch != self.epoch or not isinstance(latent, MixtureLatent):
+            return
+        mean, variance = self._embed(trainer, module)
+        if mean.shape[0] < 2 * latent.n_components:
+            return
+        seed = int(torch.randint(2**31, (1,)).item())
+        clusters = KMeans(latent.n_components, n_init=1, random_state=seed).fit(mean.cpu().numpy())
+        member = torch.nn.functional.one_hot(torch.from_numpy(clusters.labels_).long(), latent.n_components)
+        member = member.to(mean)
+        size = member.sum(0)
+        centre = (member.T @ mean) / size[:, None]
+        spread = (member.T @ ((mean - centre[clusters.labels_]).square() + variance)) / size[:, None]
+        # a component of few cells borrows the average spread
+        pooled = (mean - centre[clusters.labels_]).square().mean(0) + variance.mean(0)
+        spread = (size[:, None] * spread + 10 * pooled) / (size[:, None] + 10)
+        latent.set_components(centre, spread, size / size.sum())
+        optimizer = trainer.optimizers[0]
+        for parameter in (latent.component_mean, latent.component_log_variance, latent.component_logit):
+            optimizer.state.pop(parameter, None)
+            if distributed.is_available() and distributed.is_initialized():
+                distributed.broadcast(parameter.data, src=0)
+
+    @torch.no_grad()
+    def _embed(self, trainer: Trainer, module: CellPLMModule) -> tuple[torch.Tensor, torch.Tensor]:
+        means, variances, n_cells = [], [], 0
+        module.eval()
+        for tensors in trainer.datamodule.train_dataloader():  # type: ignore[attr-defined]
+            mean, variance = module.encode(move_to_device(tensors, module.device))
+            means.append(mean)
+            variances.append(variance)
+            n_cells += mean.shape[0]
+            if n_cells >= self.max_cells:
+                break
+        module.train()
+        return torch.cat(means), torch.cat(variances)
