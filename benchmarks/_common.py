@@ -104,7 +104,7 @@ def markdown_table(
     columns
         Field of a result -> (heading, digits).
     order
-        Values of the last but one and later ``group_by`` fields in the order wanted; others follow as found.
+        Values of the ``group_by`` fields in the order wanted; others follow as found.
     """
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:

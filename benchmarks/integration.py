@@ -22,7 +22,17 @@ from typing import Any
 import anndata as ad
 import numpy as np
 import scanpy as sc
-from _common import DATA_DIR, RESULTS_DIR, ResultFile, Row, markdown_table, read_dataset, seed_everything, timed, versions
+from _common import (
+    DATA_DIR,
+    RESULTS_DIR,
+    ResultFile,
+    Row,
+    markdown_table,
+    read_dataset,
+    seed_everything,
+    timed,
+    versions,
+)
 from sklearn.model_selection import train_test_split
 from sklearn.neighbors import NearestNeighbors
 

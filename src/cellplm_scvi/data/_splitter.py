@@ -110,7 +110,7 @@ class SampleSplitter(pl.LightningDataModule):
             self.train_idx,
             batch_size=self.batch_size,
             context_size=self.context_size,
-            seed=settings.seed,
+            seed=settings.seed or 0,  # every rank of a distributed run has to draw the same
             **self.loader_kwargs,
         )
 
@@ -150,6 +150,6 @@ def split_units(
     n_validation = units.shape[0] - n_train if validation_size is None else int(validation * units.shape[0])
     n_validation = min(n_validation, units.shape[0] - n_train)
     if shuffle:
-        units = np.random.RandomState(settings.seed).permutation(units)
+        units = np.random.RandomState(settings.seed or 0).permutation(units)
     parts = np.split(units, [n_validation, n_validation + n_train])
     return np.sort(parts[1]), np.sort(parts[0]), np.sort(parts[2])

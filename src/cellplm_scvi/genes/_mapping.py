@@ -14,7 +14,7 @@ Target = Literal["ensembl", "symbol"]
 How = Literal["ensembl_id", "symbol", "previous", "alias", "no_ensembl_id", "ambiguous", "unknown"]
 
 # version and pseudoautosomal copy as GENCODE writes them, and what var_names_make_unique appends to a repeated id
-_ENSEMBL_ID = re.compile(r"(ENS(?:[A-Z]{3,4})?G\d{11})(?:\.\d+)?(?:_PAR_Y)?(?:-\d+)?", re.IGNORECASE)
+_ENSEMBL_ID = re.compile(r"(ENS([A-Z]{3,4})?G\d{11})(\.\d+)?(_PAR_Y)?(-\d+)?", re.IGNORECASE)
 # "-1" of AnnData's var_names_make_unique, ".1" of R's make.unique
 _MADE_UNIQUE = re.compile(r"(.+)[-.]\d+")
 
@@ -33,7 +33,7 @@ class GeneMapping:
         ``"previous"`` symbol or an ``"alias"``; not translated are ``"ambiguous"`` names, those of a gene with
         ``"no_ensembl_id"``, and ``"unknown"`` ones.
     ambiguous
-        The names that more than one gene goes by, with the approved symbols of these genes.
+        The names that may mean more than one gene, with the approved symbols of these genes.
     unknown
         The names that no gene goes by, each once, in order of appearance; a missing name is None.
     target, organism
@@ -51,7 +51,8 @@ class GeneMapping:
     def collisions(self) -> dict[str, list[str]]:
         """The targets that different names were translated to, with these names.
 
-        Counts of such names belong to one gene, or one of the names is outdated in another sense than HGNC's.
+        The names may be synonyms, or repeats that were made unique; or else an old name measures another locus than HGNC
+        thinks of. Add up or drop such columns before they share a name.
         """
         names = self.mapped.index.to_series().groupby(self.mapped.to_numpy(), sort=False).unique()
         return {str(target): list(same) for target, same in names.items() if len(same) > 1}
@@ -151,11 +152,13 @@ def to_symbol(ids: Iterable[Any], *, organism: Organism = "human") -> pd.Series:
 def map_genes(names: Iterable[Any], target: Target = "ensembl", *, organism: Organism = "human") -> GeneMapping:
     """Translate gene names and report how each was found.
 
-    A name is an Ensembl id, else an approved symbol, else the previous symbol or alias of a single gene, else one of these
-    with the case ignored. So an approved symbol wins over an older meaning of the same name, and a name that was given
-    to several genes, none of which is called so now, stays untranslated. Surrounding blanks and the version of an Ensembl
-    id are ignored, and so is a number that ``var_names_make_unique`` (``-1``) or R's ``make.unique`` (``.1``) appended
-    to an approved or previous symbol.
+    A name is an Ensembl id, else an approved symbol, else a previous one (expression data are annotated with the
+    approved symbols of their day), else an alias, else one of these with the case ignored. So an approved symbol wins over
+    an older meaning of the same name; a name that several genes have at the first of these steps stays untranslated.
+    Surrounding blanks and the version of an Ensembl id are ignored, and so is a number that ``var_names_make_unique``
+    (``-1``) or R's ``make.unique`` (``.1``) appended to an approved or previous symbol.
+
+    Aliases are the least sure: of Ensembl's names of clones, such as AC007365.1, about one in twenty has changed its gene.
 
     Parameters
     ----------
@@ -187,10 +190,10 @@ def map_genes(names: Iterable[Any], target: Target = "ensembl", *, organism: Org
     Examples
     --------
     >>> from cellplm_scvi.genes import map_genes
-    >>> map_genes(["CD3E", "SEPT2", "ABC1", "no gene"])
+    >>> map_genes(["CD3E", "SEPT2", "B3GNT1", "no gene"])
     GeneMapping of 4 names to human Ensembl ids
       mapped: 2 (1 by symbol, 1 by previous)
-      ambiguous: 1: ABC1 (ABCA1 or HEATR6)
+      ambiguous: 1: B3GNT1 (B3GNT2 or B4GAT1)
       unknown: 1: no gene
     """
     return _map(names, target, organism)
@@ -204,12 +207,12 @@ def _map(names: Iterable[Any], target: Target, organism: Organism) -> GeneMappin
     table = gene_table(organism)
 
     found = {name: _find(name, table) for name in dict.fromkeys(given) if name is not None}
-    result = {name: _translate(name, how, genes, target, table) for name, (how, genes) in found.items()}
+    result = {name: _translate(name, how, genes, target, organism) for name, (how, genes) in found.items()}
     result[None] = (None, "unknown")
 
     index = pd.Index(given) if given else pd.Index([], dtype=object)
     if organism == "human":
-        _warn_mouse([name for name in given if name is not None], result)
+        _warn_mouse([name for name in given if name is not None])
     return GeneMapping(
         mapped=pd.Series([result[name][0] for name in given], index=index, name=target),
         how=pd.Series([result[name][1] for name in given], index=index, name="how"),
@@ -250,38 +253,38 @@ def _find(given: str, table: GeneTable) -> tuple[How, list[Gene]]:
         return "ensembl_id", table.ensembl.exact(match[1].upper())
     if genes := table.symbol.exact(name):
         return "symbol", genes
-    if genes := _merge(table.previous.exact(name), table.alias.exact(name)):
+    if genes := table.previous.exact(name):
+        return "previous", genes
+    if genes := table.alias.exact(name):
         # "Cad" is an alias of B4GALNT2, but CAD is another gene: a difference of case is no ground to decide on
-        return ("previous" if table.previous.exact(name) else "alias"), _merge(genes, table.symbol.folded(name))
+        return "alias", list(dict.fromkeys([*genes, *table.symbol.folded(name)]))
     if genes := table.symbol.folded(name):
         return "symbol", genes
-    if genes := _merge(table.previous.folded(name), table.alias.folded(name)):
-        return ("previous" if table.previous.folded(name) else "alias"), genes
+    if genes := table.previous.folded(name):
+        return "previous", genes
+    if genes := table.alias.folded(name):
+        return "alias", genes
     if match := _MADE_UNIQUE.fullmatch(name):
+        # without aliases: many are names of clones, and "U73166.2" is another gene than U73166
         if genes := table.symbol.exact(match[1]):
             return "symbol", genes
-        # no aliases here: many are names of clones, and "U73166.2" is another gene than U73166
         if genes := table.previous.exact(match[1]):
-            return "previous", _merge(genes, table.alias.exact(match[1]))
+            return "previous", genes
     return "unknown", []
 
 
-def _translate(given: str, how: How, genes: list[Gene], target: Target, table: GeneTable) -> tuple[str | None, How]:
+def _translate(given: str, how: How, genes: list[Gene], target: Target, organism: Organism) -> tuple[str | None, How]:
     """Return the target of a name that may mean these genes, and how it was found or why not."""
-    if not genes:
-        match = _ENSEMBL_ID.fullmatch(given.strip())
-        if match and target == "ensembl" and table.id_prefix == "ENSG" and match[1].upper().startswith("ENSG0"):
-            return match[1].upper(), "ensembl_id"
-        return None, "unknown"
+    match = _ENSEMBL_ID.fullmatch(given.strip())
+    if match and not match[2] and target == "ensembl" and organism == "human":
+        return match[1].upper(), how
     targets = {getattr(gene, target) for gene in genes}
+    if not targets:
+        return None, "unknown"
     if len(targets) > 1:
         return None, "ambiguous"
     value = targets.pop()
     return value, how if value else "no_ensembl_id"
-
-
-def _merge(first: Sequence[Gene], second: Sequence[Gene]) -> list[Gene]:
-    return list(dict.fromkeys([*first, *second]))
 
 
 def _some(names: Sequence[object], most: int = 5) -> str:
@@ -300,7 +303,7 @@ def _warn_unmapped(mapping: GeneMapping) -> None:
         )
 
 
-def _warn_mouse(names: Sequence[str], result: dict) -> None:
+def _warn_mouse(names: Sequence[str]) -> None:
     """Warn if most names have the shape of a mouse gene's, which a human gene's seldom has."""
     mouse = [name for name in names if re.fullmatch(r"\s*(ENSMUSG\d+.*|[A-Z][a-z]+[a-z0-9-]*)\s*", name)]
     if len(mouse) > len(names) / 2:

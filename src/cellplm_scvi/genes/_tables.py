@@ -7,9 +7,9 @@ import gzip
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources import files
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Organism = Literal["human", "mouse"]
 
@@ -19,8 +19,7 @@ MOUSE_FILE = "mouse_orthologues.tsv.gz"
 MOUSE_COLUMNS = ("mouse_ensembl", "mouse_symbol", "human_ensembl")
 
 
-@dataclass(frozen=True, slots=True)
-class Gene:
+class Gene(NamedTuple):
     """A human gene: its approved symbol, and its Ensembl id where HGNC knows one."""
 
     symbol: str
@@ -37,13 +36,17 @@ class NameIndex:
     """
 
     def __init__(self, pairs: Iterable[tuple[str, Gene]]) -> None:
-        exact: defaultdict[str, list[Gene]] = defaultdict(list)
-        folded: defaultdict[str, list[Gene]] = defaultdict(list)
+        self._exact: defaultdict[str, list[Gene]] = defaultdict(list)
         for name, gene in pairs:
-            for index, key in ((exact, name), (folded, name.upper())):
-                if key and gene not in index[key]:
-                    index[key].append(gene)
-        self._exact, self._folded = dict(exact), dict(folded)
+            if name and gene not in self._exact[name]:
+                self._exact[name].append(gene)
+
+    @cached_property
+    def _folded(self) -> dict[str, list[Gene]]:
+        folded: defaultdict[str, dict[Gene, None]] = defaultdict(dict)
+        for name, genes in self._exact.items():
+            folded[name.upper()].update(dict.fromkeys(genes))
+        return {name: list(genes) for name, genes in folded.items()}
 
     def exact(self, name: str) -> list[Gene]:
         """Genes that bear this name."""
