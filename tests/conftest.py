@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -89,24 +88,42 @@ SETUP = {
 }
 
 
-def build(adata: AnnData, setup: dict[str, Any] | None = None, **model: Any) -> CellPLM:
-    """Set up a copy of the data and build a small model on it."""
+def build_model(adata: AnnData, setup: dict[str, Any] | None = None, **model: Any) -> CellPLM:
+    """Set up a copy of the data, with the keys that it has unless ``setup`` says otherwise, and build a small model."""
     adata = adata.copy()
-    CellPLM.setup_anndata(adata, **(SETUP if setup is None else setup))
+    keys: dict[str, Any] = SETUP | ({"spatial_key": "spatial"} if "spatial" in adata.obsm else {}) | (setup or {})
+    CellPLM.setup_anndata(adata, **keys)
     return CellPLM(adata, **(TINY | model))
 
 
-def train(model: CellPLM, max_epochs: int = 1, **kwargs: Any) -> CellPLM:
+def train_model(model: CellPLM, max_epochs: int = 1, **kwargs: Any) -> CellPLM:
     """Train for a moment, without a bar."""
     model.train(**(QUIET | {"max_epochs": max_epochs, "batch_size": 48} | kwargs))
     return model
 
 
+# Test files cannot import from here (pytest's import mode "importlib"), so functions travel as fixtures.
+
+
+@pytest.fixture(scope="session", name="make_tissues")
+def _make_tissues() -> Callable[..., AnnData]:
+    return make_tissues
+
+
+@pytest.fixture(scope="session", name="build")
+def _build() -> Callable[..., CellPLM]:
+    return build_model
+
+
+@pytest.fixture(scope="session", name="train")
+def _train() -> Callable[..., CellPLM]:
+    return train_model
+
+
 @pytest.fixture(autouse=True)
 def _same_seed() -> Iterator[None]:
     """Each test starts from the same seed, which is how users make runs repeatable."""
-    with warnings.catch_warnings():
-        scvi.settings.seed = 0
+    scvi.settings.seed = 0
     yield
     scvi.settings.seed = 0
 
@@ -129,7 +146,7 @@ def sections() -> AnnData:
 def dissociated_model() -> CellPLM:
     """A small model trained on dissociated samples; do not change its data."""
     scvi.settings.seed = 0
-    return train(build(make_tissues()), max_epochs=3, plan_kwargs={"lr": 1e-2})
+    return train_model(build_model(make_tissues()), max_epochs=3, plan_kwargs={"lr": 1e-2})
 
 
 @pytest.fixture(scope="session")
@@ -138,8 +155,8 @@ def spatial_model() -> CellPLM:
     scvi.settings.seed = 0
     adata = make_tissues(spatial=True)
     adata.obsm["spatial"][::11] = np.nan
-    model = build(adata, SETUP | {"spatial_key": "spatial"}, n_neighbours=6, n_niche=4)
-    return train(model, max_epochs=3, plan_kwargs={"lr": 1e-2})
+    model = build_model(adata, n_neighbours=6, n_niche=4)
+    return train_model(model, max_epochs=3, plan_kwargs={"lr": 1e-2})
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 from scvi import settings
 
-from .._compat import CSCDataset, CSRDataset
+from cellplm_scvi._compat import CSCDataset, CSRDataset
 
 CHUNK_ROWS = 4096
 

@@ -202,9 +202,7 @@ def _fixed_slices(
     return slices
 
 
-def training_contexts(
-    table: CellTable, pool: np.ndarray, context_size: int, rng: np.random.Generator
-) -> list[Context]:
+def training_contexts(table: CellTable, pool: np.ndarray, context_size: int, rng: np.random.Generator) -> list[Context]:
     """Contexts for one epoch: random slices of every sample, compact tiles where there are coordinates.
 
     Their number and sizes do not depend on the draw.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,8 @@ from scvi.data.fields import (
     ObsmField,
 )
 
-from .. import _constants as c
+from cellplm_scvi import _constants as c
+
 from ._checks import check_column, check_coordinates, check_counts, check_names, check_no_missing, some, warn
 
 ABSENT = "(absent)"
@@ -40,7 +40,9 @@ class CountsField(LayerField):
         check_names(adata)
         if self.attr_key is not None and self.attr_key not in adata.layers:
             layers = [name for name in adata.layers if name is not None]
-            raise ValueError(f'layer="{self.attr_key}" is not a layer of the AnnData, which has {some(layers) or "none"}.')
+            raise ValueError(
+                f'layer="{self.attr_key}" is not a layer of the AnnData, which has {some(layers) or "none"}.'
+            )
         if self.attr_key is None and adata.X is None:
             raise ValueError("adata.X is None. Pass the layer that holds the counts with `layer=`.")
         super().validate_field(adata)
@@ -92,9 +94,18 @@ class CovariateField(CategoricalObsField):
         super().validate_field(adata)
 
     def register_field(self, adata: AnnData) -> dict:
-        with _quiet_about_small_categories():
-            state = super().register_field(adata)
-        return {**state, self.N_KNOWN_KEY: len(state[self.CATEGORICAL_MAPPING_KEY])}
+        if self.is_default:
+            self._setup_default_attr(adata)
+        self.validate_field(adata)
+        # Unlike scvi-tools' field: categories without a cell get no code, which no cell could train.
+        column = adata.obs[self._original_attr_key].astype("category").cat.remove_unused_categories()
+        adata.obs[self.attr_key] = column.cat.codes.astype(np.int64)
+        mapping = column.cat.categories.to_numpy(copy=True)
+        return {
+            self.CATEGORICAL_MAPPING_KEY: mapping,
+            self.ORIGINAL_ATTR_KEY: self._original_attr_key,
+            self.N_KNOWN_KEY: len(mapping),
+        }
 
     def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict:
         known = state_registry[self.CATEGORICAL_MAPPING_KEY][: state_registry[self.N_KNOWN_KEY]]
@@ -251,8 +262,10 @@ class MeasuredGenesField(BaseAnnDataField):
                 f'varm["{self.attr_key}"] is a {type(table).__name__}; a DataFrame is needed whose columns are the '
                 f'categories of obs["{self.dataset_key}"].'
             )
-        if any(dtype != bool for dtype in table.dtypes):
-            raise TypeError(f'varm["{self.attr_key}"] must hold True and False only; found {set(map(str, table.dtypes))}.')
+        if table.dtypes.ne(bool).any():
+            raise TypeError(
+                f'varm["{self.attr_key}"] must hold True and False only; found {set(map(str, table.dtypes))}.'
+            )
         categories = adata.obs[self.dataset_key].astype(str).unique()
         absent = [name for name in categories if name not in table.columns.astype(str)]
         if absent:
@@ -262,7 +275,9 @@ class MeasuredGenesField(BaseAnnDataField):
             )
         empty = [name for name in categories if not table.loc[:, table.columns.astype(str) == name].to_numpy().any()]
         if empty:
-            raise ValueError(f'varm["{self.attr_key}"]: no gene is measured in the data set{"s" * (len(empty) > 1)} {some(empty)}.')
+            raise ValueError(
+                f'varm["{self.attr_key}"]: no gene is measured in the data set{"s" * (len(empty) > 1)} {some(empty)}.'
+            )
 
     def register_field(self, adata: AnnData) -> dict:
         self.validate_field(adata)
@@ -278,15 +293,6 @@ class MeasuredGenesField(BaseAnnDataField):
 
     def view_state_registry(self, state_registry: dict) -> None:
         return None
-
-
-class _quiet_about_small_categories(warnings.catch_warnings):
-    """Samples and batches of one or two cells work here."""
-
-    def __enter__(self) -> Any:
-        entered = super().__enter__()
-        warnings.filterwarnings("ignore", message=r"Category .* has fewer than 3 cells")
-        return entered
 
 
 MuDataCountsField = MuDataWrapper(CountsField)

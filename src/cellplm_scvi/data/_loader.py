@@ -18,7 +18,7 @@ from ._contexts import Context, NearestCells, nearest_cells, pack, rows_by_sampl
 from ._table import CellTable
 
 if TYPE_CHECKING:
-    from .._typing import Minibatch
+    from cellplm_scvi._typing import Minibatch
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,9 @@ def split_units(
         raise ValueError(f"train_size is {train}; it is a share in (0, 1].")
     validation = 1 - train if validation_size is None else validation_size
     if validation < 0 or train + validation > 1 + 1e-9:
-        raise ValueError(f"train_size ({train}) and validation_size ({validation}) must be shares that sum to at most 1.")
+        raise ValueError(
+            f"train_size ({train}) and validation_size ({validation}) must be shares that sum to at most 1."
+        )
     n_train = int(np.ceil(train * units.shape[0]))
     n_validation = units.shape[0] - n_train if validation_size is None else int(validation * units.shape[0])
     n_validation = min(n_validation, units.shape[0] - n_train)

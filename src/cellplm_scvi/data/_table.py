@@ -12,8 +12,9 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 
-from .. import _constants as c
-from .._compat import CSCDataset, CSRDataset
+from cellplm_scvi import _constants as c
+from cellplm_scvi._compat import CSCDataset, CSRDataset
+
 from ._checks import CHUNK_ROWS
 
 if TYPE_CHECKING:

@@ -52,7 +52,9 @@ def mouse_table(orthologues: pd.DataFrame, human: pd.DataFrame) -> pd.DataFrame:
     names = {"Gene stable ID": "mouse_ensembl", "Gene name": "mouse_symbol", "Human gene stable ID": "human_ensembl"}
     missing = set(names) - set(orthologues.columns)
     if missing:
-        raise ValueError(f"The BioMart table lacks the columns {sorted(missing)}. Export these attributes of mouse genes.")
+        raise ValueError(
+            f"The BioMart table lacks the columns {sorted(missing)}. Export these attributes of mouse genes."
+        )
     pairs = orthologues.rename(columns=names)[list(MOUSE_COLUMNS)].fillna("")
     pairs = pairs[pairs["human_ensembl"].isin(set(human["ensembl_gene_id"]) - {""})]
     return pairs.drop_duplicates().sort_values(list(MOUSE_COLUMNS)).reset_index(drop=True)
@@ -68,7 +70,9 @@ def main() -> None:
     """Write both tables into the package."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("hgnc", type=Path, help="HGNC's hgnc_complete_set.txt")
-    parser.add_argument("mouse", type=Path, help="Ensembl BioMart export (CSV) of mouse genes and their human orthologues")
+    parser.add_argument(
+        "mouse", type=Path, help="Ensembl BioMart export (CSV) of mouse genes and their human orthologues"
+    )
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "tables", help="where to write")
     args = parser.parse_args()
     human = human_table(pd.read_csv(args.hgnc, sep="\t", dtype=str, keep_default_na=False))

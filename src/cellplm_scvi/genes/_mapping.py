@@ -17,6 +17,7 @@ How = Literal["ensembl_id", "symbol", "previous", "alias", "no_ensembl_id", "amb
 _ENSEMBL_ID = re.compile(r"(ENS([A-Z]{3,4})?G\d{11})(\.\d+)?(_PAR_Y)?(-\d+)?", re.IGNORECASE)
 # "-1" of AnnData's var_names_make_unique, ".1" of R's make.unique
 _MADE_UNIQUE = re.compile(r"(.+)[-.]\d+")
+_MOUSE_NAME = re.compile(r"ENSMUSG\d{11}(\.\d+)?|[A-Z][a-z]+[a-z0-9-]*")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -206,22 +207,19 @@ def _map(names: Iterable[Any], target: Target, organism: Organism) -> GeneMappin
     given = _strings(names)
     table = gene_table(organism)
 
-    found = {name: _find(name, table) for name in dict.fromkeys(given) if name is not None}
+    found: dict[str | None, tuple[How, list[Gene]]] = {
+        name: ("unknown", []) if name is None else _find(name, table) for name in given
+    }
     result = {name: _translate(name, how, genes, target, organism) for name, (how, genes) in found.items()}
-    result[None] = (None, "unknown")
 
-    index = pd.Index(given) if given else pd.Index([], dtype=object)
     if organism == "human":
-        _warn_mouse([name for name in given if name is not None])
+        _warn_mouse(given)
+    index = pd.Index(given) if given else pd.Index([], dtype=object)
     return GeneMapping(
         mapped=pd.Series([result[name][0] for name in given], index=index, name=target),
         how=pd.Series([result[name][1] for name in given], index=index, name="how"),
-        ambiguous={
-            name: [gene.symbol for gene in found[name][1]]
-            for name, (_, how) in result.items()
-            if name is not None and how == "ambiguous"
-        },
-        unknown=[name for name in dict.fromkeys(given) if result[name][1] == "unknown"],
+        ambiguous={str(name): [g.symbol for g in found[name][1]] for name in found if result[name][1] == "ambiguous"},
+        unknown=[name for name in found if result[name][1] == "unknown"],
         target=target,
         organism=organism,
     )
@@ -273,9 +271,11 @@ def _find(given: str, table: GeneTable) -> tuple[How, list[Gene]]:
     return "unknown", []
 
 
-def _translate(given: str, how: How, genes: list[Gene], target: Target, organism: Organism) -> tuple[str | None, How]:
+def _translate(
+    given: str | None, how: How, genes: list[Gene], target: Target, organism: Organism
+) -> tuple[str | None, How]:
     """Return the target of a name that may mean these genes, and how it was found or why not."""
-    match = _ENSEMBL_ID.fullmatch(given.strip())
+    match = _ENSEMBL_ID.fullmatch((given or "").strip())
     if match and not match[2] and target == "ensembl" and organism == "human":
         return match[1].upper(), how
     targets = {getattr(gene, target) for gene in genes}
@@ -303,12 +303,12 @@ def _warn_unmapped(mapping: GeneMapping) -> None:
         )
 
 
-def _warn_mouse(names: Sequence[str]) -> None:
+def _warn_mouse(names: Sequence[str | None]) -> None:
     """Warn if most names have the shape of a mouse gene's, which a human gene's seldom has."""
-    mouse = [name for name in names if re.fullmatch(r"\s*(ENSMUSG\d+.*|[A-Z][a-z]+[a-z0-9-]*)\s*", name)]
+    mouse = [name for name in names if name and _MOUSE_NAME.fullmatch(name.strip())]
     if len(mouse) > len(names) / 2:
         warnings.warn(
-            f'{len(mouse):,} of {len(names):,} names look like those of mouse genes ({_some(mouse, 3)}). '
+            f"{len(mouse):,} of {len(names):,} names look like those of mouse genes ({_some(mouse, 3)}). "
             'Pass organism="mouse" to have their human orthologues.',
             stacklevel=4,
         )

@@ -107,5 +107,7 @@ def _rows(file: str, columns: tuple[str, ...]) -> Iterator[list[str]]:
     text = gzip.decompress(files(__package__).joinpath("tables", file).read_bytes()).decode()
     header, *lines = text.splitlines()
     if header.split("\t") != list(columns):
-        raise ValueError(f"{file} has the columns {header.split()}, not {list(columns)}. Run cellplm_scvi.genes._build.")
+        raise ValueError(
+            f"{file} has the columns {header.split()}, not {list(columns)}. Run cellplm_scvi.genes._build."
+        )
     return (line.split("\t") for line in lines)

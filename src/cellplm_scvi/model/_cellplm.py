@@ -9,14 +9,15 @@ import torch
 from scvi.data import AnnDataManager
 from scvi.model.base import BaseModelClass
 
-from .. import _constants as c
-from .._compat import AnnOrMuData, copy_if_view, setup_anndata_dsp
-from ..data._checks import some, warn
-from ..data._fields import CovariateField, make_fields
-from ..data._loader import SpatialInputs
-from ..data._table import CellTable
-from ..module import CellPLMModule
-from ..nn import Encoder, GeneMasking, Latent, Position
+from cellplm_scvi import _constants as c
+from cellplm_scvi._compat import AnnOrMuData, copy_if_view, setup_anndata_dsp
+from cellplm_scvi.data._checks import some, warn
+from cellplm_scvi.data._fields import CovariateField, make_fields
+from cellplm_scvi.data._loader import SpatialInputs
+from cellplm_scvi.data._table import CellTable
+from cellplm_scvi.module import CellPLMModule
+from cellplm_scvi.nn import Encoder, GeneMasking, Latent, Position
+
 from ._defaults import default_hidden, default_latent, default_layers
 from ._embedding import EmbeddingMixin
 from ._expression import ExpressionMixin
@@ -274,10 +275,14 @@ class CellPLM(EmbeddingMixin, ExpressionMixin, TrainingMixin, BaseModelClass):
         """
         setup_method_args = cls._get_setup_method_args(**locals())
         if not modalities or "rna_layer" not in modalities:
-            raise ValueError('modalities must name the modality of the counts, such as modalities={"rna_layer": "rna"}.')
+            raise ValueError(
+                'modalities must name the modality of the counts, such as modalities={"rna_layer": "rna"}.'
+            )
         cls._create_modalities_attr_dict(modalities, setup_method_args)  # raises on an argument that does not exist
         if modalities["rna_layer"] not in mdata.mod:
-            raise KeyError(f'"{modalities["rna_layer"]}" is not a modality of the MuData, which has {some(list(mdata.mod))}.')
+            raise KeyError(
+                f'"{modalities["rna_layer"]}" is not a modality of the MuData, which has {some(list(mdata.mod))}.'
+            )
         copy_if_view(mdata, copy_if_view=True)
         fields = make_fields(
             layer=rna_layer,
@@ -340,4 +345,3 @@ def check_totals(table: CellTable, totals: np.ndarray) -> None:
                 f"The library size (size_factor_key) of {int(short.sum()):,} cells is smaller than the sum of their counts "
                 f"(cells {some(table.names[short])}). It is the total of each cell over all genes, in counts."
             )
-

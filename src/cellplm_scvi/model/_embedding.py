@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
+from scvi import settings
 
-from .._compat import AnnOrMuData
-from ..data._loader import CellDataset, CellLoader, RowSampler, SpatialInputs, whole_sample_loader
-from ..data._table import CellTable
-from ..nn import MixtureLatent
+from cellplm_scvi._compat import AnnOrMuData
+from cellplm_scvi.data._loader import CellDataset, CellLoader, RowSampler, SpatialInputs, whole_sample_loader
+from cellplm_scvi.data._table import CellTable
+from cellplm_scvi.nn import MixtureLatent
+
 from ._defaults import default_inference_batch_size, default_row_batch_size
 
 if TYPE_CHECKING:
-    from .._typing import Minibatch
-    from ..module import CellPLMModule
+    from cellplm_scvi._typing import Minibatch
+    from cellplm_scvi.module import CellPLMModule
 
 Moments = tuple[np.ndarray, np.ndarray]
 
@@ -107,9 +109,11 @@ class EmbeddingMixin:
         rows = self._rows(table.n_cells, indices)
         moments = self._moments(table, rows, None)
         if shuffle:
-            rows = np.random.permutation(rows)
+            rows = np.random.default_rng(settings.seed).permutation(rows)
         size = batch_size or default_row_batch_size(table.counts.n_genes)
-        return CellLoader(CellDataset(table, SpatialInputs(), None, moments), RowSampler(rows, size), **data_loader_kwargs)
+        return CellLoader(
+            CellDataset(table, SpatialInputs(), None, moments), RowSampler(rows, size), **data_loader_kwargs
+        )
 
     @torch.inference_mode()
     def get_latent_representation(
@@ -209,4 +213,3 @@ class EmbeddingMixin:
             index=adata.obs_names[self._rows(adata.n_obs, indices)],
             columns=[f"component_{k}" for k in range(latent.n_components)],
         )
-

@@ -14,14 +14,14 @@ from scvi.model.base import RNASeqMixin, VAEMixin
 from scvi.utils import track
 from torch import Tensor
 
-from .. import _constants as c
-from .._compat import AnnOrMuData, batch_codes
-from ..data._checks import some
+from cellplm_scvi import _constants as c
+from cellplm_scvi._compat import AnnOrMuData, batch_codes
+from cellplm_scvi.data._checks import some
 
 if TYPE_CHECKING:
     from sparse import GCXS
 
-    from ..module import CellPLMModule
+    from cellplm_scvi.module import CellPLMModule
 
 
 @contextmanager
@@ -91,7 +91,9 @@ class ExpressionMixin(RNASeqMixin, VAEMixin):
             If ``gene_list`` or ``transform_batch`` names something unknown.
         """
         if weights not in (None, "uniform"):
-            raise ValueError(f'weights="{weights}" is not available: importance weights assume a standard normal prior.')
+            raise ValueError(
+                f'weights="{weights}" is not available: importance weights assume a standard normal prior.'
+            )
         adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
         manager = self.get_anndata_manager(adata, required=True)  # type: ignore[attr-defined]
         genes, names = self._genes(manager, gene_list)
@@ -109,7 +111,9 @@ class ExpressionMixin(RNASeqMixin, VAEMixin):
                     for code in track(codes, disable=silent)
                 ]
                 mean = torch.stack(decoded).mean(0).numpy()
-                parts.append(mean.mean(0, keepdims=True) if draw and return_mean and n_samples_overall is None else mean)
+                parts.append(
+                    mean.mean(0, keepdims=True) if draw and return_mean and n_samples_overall is None else mean
+                )
         shape = (1, 0, len(names)) if draw else (0, len(names))
         expression = np.concatenate(parts, axis=-2) if parts else np.zeros(shape, np.float32)
         if n_samples_overall is not None:
@@ -231,9 +235,9 @@ class ExpressionMixin(RNASeqMixin, VAEMixin):
 @contextmanager
 def fixed_numpy_draws() -> Iterator[None]:
     """The same for NumPy's global generator, which scvi-tools' differential expression draws from."""
-    state = np.random.get_state()
-    np.random.seed(settings.seed or 0)
+    state = np.random.get_state()  # noqa: NPY002
+    np.random.seed(settings.seed or 0)  # noqa: NPY002
     try:
         yield
     finally:
-        np.random.set_state(state)
+        np.random.set_state(state)  # noqa: NPY002

@@ -6,16 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 from scvi.train import TrainRunner
 
-from .._compat import devices_dsp, use_distributed_sampler
-from ..data._splitter import SampleSplitter
-from ..nn import MixtureLatent
-from ..train import CellPLMTrainingPlan, PlaceMixtureComponents
+from cellplm_scvi._compat import devices_dsp, use_distributed_sampler
+from cellplm_scvi.data._splitter import SampleSplitter
+from cellplm_scvi.nn import MixtureLatent
+from cellplm_scvi.train import CellPLMTrainingPlan, PlaceMixtureComponents
+
 from ._defaults import default_batch_size, default_max_epochs
 
 if TYPE_CHECKING:
     from lightning import LightningDataModule
 
-    from ..module import CellPLMModule
+    from cellplm_scvi.module import CellPLMModule
 
 
 class TrainingMixin:
@@ -68,7 +69,9 @@ class TrainingMixin:
         **trainer_kwargs
             Of :class:`scvi.train.Trainer`, such as ``precision="bf16-mixed"``, ``strategy="ddp"``, ``callbacks``.
         """
-        data = datamodule or self._splitter(train_size, validation_size, shuffle_set_split, batch_size, datasplitter_kwargs)
+        data = datamodule or self._splitter(
+            train_size, validation_size, shuffle_set_split, batch_size, datasplitter_kwargs
+        )
         if max_epochs is None:
             if not isinstance(data, SampleSplitter):
                 raise ValueError("Pass max_epochs together with datamodule.")

@@ -10,7 +10,7 @@ import torch
 from scvi.distributions import NegativeBinomial
 from torch import Tensor
 
-from ..nn import GeneOutput
+from cellplm_scvi.nn import GeneOutput
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,11 @@ from scvi.module.base import BaseModuleClass, LossOutput, auto_move_data
 from torch import Tensor, nn
 from torch.distributions import Normal
 
-from ..nn import (
+from cellplm_scvi.nn import (
     BatchAwareDecoder,
     Encoder,
     GeneEmbedder,
     GeneMasking,
-    GeneOutput,
     Latent,
     Neighbourhood,
     Packing,
@@ -26,10 +25,11 @@ from ..nn import (
     position_code,
     softmax_nb_loss,
 )
+
 from ._expression import ExpressionDistribution
 
 if TYPE_CHECKING:
-    from .._typing import GenerativeOutputs, InferenceOutputs, Minibatch
+    from cellplm_scvi._typing import GenerativeOutputs, InferenceOutputs, Minibatch
 
 
 class CellPLMModule(BaseModuleClass):
@@ -224,9 +224,7 @@ class CellPLMModule(BaseModuleClass):
         return LossOutput(loss=loss, reconstruction_loss=reconstruction, kl_local=divergence, extra_metrics=extra)
 
     @torch.inference_mode()
-    def sample(
-        self, tensors: Minibatch, n_samples: int = 1, generative_kwargs: dict[str, Any] | None = None
-    ) -> Tensor:
+    def sample(self, tensors: Minibatch, n_samples: int = 1, generative_kwargs: dict[str, Any] | None = None) -> Tensor:
         """Draw counts from the posterior predictive, (n_cells, n_genes(, n_samples)), on the CPU."""
         _, outputs = self.forward(
             tensors,

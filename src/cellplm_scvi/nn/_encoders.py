@@ -69,9 +69,7 @@ class TransformerEncoder(CellEncoder):
         Whether each layer also attends to the nearest cells.
     """
 
-    def __init__(
-        self, kind: Encoder, n_hidden: int, n_layers: int, n_heads: int, dropout_rate: float, *, local: bool
-    ):
+    def __init__(self, kind: Encoder, n_hidden: int, n_layers: int, n_heads: int, dropout_rate: float, *, local: bool):
         super().__init__()
         attentions: dict[str, type[GlobalAttention]] = {"flow": FlowAttention, "softmax": SoftmaxAttention}
 

@@ -92,7 +92,7 @@ class MixtureLatent(GaussianLatent):
         return self.component_mean.shape[0]
 
     def component_log_joint(self, z: Tensor) -> Tensor:
-        """log pi_y + log N(z; m_y, s_y^2), (..., n_cells, n_components)."""
+        """Log pi_y + log N(z; m_y, s_y^2), (..., n_cells, n_components)."""
         precision = torch.exp(-self.component_log_variance)
         mean = self.component_mean
         # expanded square: (z - m)^2 / s^2 without a tensor of cells x components x dimensions

@@ -9,11 +9,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from sklearn.cluster import KMeans
 from torch import distributed
 
-from .._compat import move_to_device
-from ..nn import MixtureLatent
+from cellplm_scvi._compat import move_to_device
+from cellplm_scvi.nn import MixtureLatent
 
 if TYPE_CHECKING:
-    from ..module import CellPLMModule
+    from cellplm_scvi.module import CellPLMModule
 
 
 class PlaceMixtureComponents(Callback):

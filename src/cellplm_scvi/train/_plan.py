@@ -68,7 +68,9 @@ class CellPLMTrainingPlan(TrainingPlan):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Matrices of linear layers with weight decay, everything else without."""
         decayed = {
-            layer.weight for layer in self.module.modules() if isinstance(layer, nn.Linear) and layer.weight.requires_grad
+            layer.weight
+            for layer in self.module.modules()
+            if isinstance(layer, nn.Linear) and layer.weight.requires_grad
         }
         other = [p for p in self.module.parameters() if p.requires_grad and p not in decayed]
         return [
