@@ -43,7 +43,9 @@ def lognormalised(x: np.ndarray) -> np.ndarray:
         pytest.param(put(np.nan), r"adata\.X has 1 missing or infinite value\. Counts must be finite", id="nan"),
         pytest.param(put(np.inf), r"adata\.X has 1 missing or infinite value", id="inf"),
         pytest.param(put(-1), r"adata\.X has 1 negative value \(lowest -1\).*Pass raw counts", id="negative"),
-        pytest.param(put(0.5), r"adata\.X does not hold counts: 1 values are fractions \(such as 0\.5\)", id="fraction"),
+        pytest.param(
+            put(0.5), r"adata\.X does not hold counts: 1 values are fractions \(such as 0\.5\)", id="fraction"
+        ),
         pytest.param(lognormalised, r"looks log-normalised.*layer=\"counts\"", id="log-normalised"),
         pytest.param(lambda x: x - 1.0, "negative value", id="centred"),
     ],
@@ -158,7 +160,9 @@ def test_missing_labels_are_unlabelled(tissues):
 
 
 COORDINATES = [
-    pytest.param(lambda xy: xy[:, :1], ValueError, r"has shape \(90, 1\); coordinates are \(n_cells, 2\)", id="1-column"),
+    pytest.param(
+        lambda xy: xy[:, :1], ValueError, r"has shape \(90, 1\); coordinates are \(n_cells, 2\)", id="1-column"
+    ),
     pytest.param(lambda xy: np.hstack([xy, xy]), ValueError, r"has shape \(90, 4\); coordinates are", id="4-columns"),
     pytest.param(lambda xy: xy.astype(str), TypeError, r"has dtype .*; coordinates are numbers", id="strings"),
 ]
@@ -305,7 +309,9 @@ def test_the_data_stay_as_they_were(make_tissues, build, train):
 def test_categories_of_any_type(make_tissues, build, train, clone, categories):
     adata = make_tissues(60, 12)
     first = (adata.obs["batch"] == "batch0").to_numpy()
-    adata.obs["batch"] = pd.Series([categories[0] if f else categories[1] for f in first], adata.obs_names, dtype=object)
+    adata.obs["batch"] = pd.Series(
+        [categories[0] if f else categories[1] for f in first], adata.obs_names, dtype=object
+    )
     model = train(build(adata))
     a, b = (model.get_normalized_expression(transform_batch=c) for c in categories)
     assert not np.allclose(a, b)
@@ -361,7 +367,11 @@ def test_a_view_is_set_up(tissues, train):
     ("arguments", "error", "message"),
     [
         ({"modalities": None}, ValueError, 'modalities={"rna_layer": "rna"}'),
-        ({"modalities": {"rna_layer": "gex"}}, KeyError, '"gex" is not a modality of the MuData, which has "rna", "adt"'),
+        (
+            {"modalities": {"rna_layer": "gex"}},
+            KeyError,
+            '"gex" is not a modality of the MuData, which has "rna", "adt"',
+        ),
         ({"modalities": {"rna_layer": "rna"}, "batch_key": "no"}, KeyError, 'batch_key="no" is not a column'),
     ],
     ids=["none", "unknown", "column"],

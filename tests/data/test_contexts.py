@@ -7,7 +7,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cellplm_scvi.data._contexts import (
@@ -22,7 +22,9 @@ from cellplm_scvi.data._contexts import (
 from cellplm_scvi.data._table import CellTable, CountRows
 
 
-def make_table(rng: np.random.Generator, n_cells: int, n_samples: int, placed: float, *, grid: bool = False) -> CellTable:
+def make_table(
+    rng: np.random.Generator, n_cells: int, n_samples: int, placed: float, *, grid: bool = False
+) -> CellTable:
     """A table of random cells; a share ``placed`` of them has coordinates, on a square grid if asked for."""
     counts = sp.csr_matrix(rng.poisson(1.0, (n_cells, 8)).astype(np.float32))
     coordinates = None
@@ -67,6 +69,7 @@ def samples_of(table: CellTable, contexts: list[Context]) -> list[set]:
     return [set(table.sample[context.rows]) for context in contexts]
 
 
+@settings(max_examples=60)
 @given(tables, st.integers(1, 40))
 def test_every_cell_counts_once_and_sees_its_own_sample_only(table, max_context):
     contexts = whole_contexts(table, np.arange(table.n_cells), np.arange(table.n_cells), max_context, None)
@@ -76,6 +79,7 @@ def test_every_cell_counts_once_and_sees_its_own_sample_only(table, max_context)
     assert max(len(context) for context in contexts) <= max_context
 
 
+@settings(max_examples=100)
 @given(tables, st.integers(1, 40), st.integers(0, 2**32 - 1))
 def test_whole_contexts_depend_on_the_sample_alone(table, max_context, seed):
     rng = np.random.default_rng(seed)
@@ -83,8 +87,10 @@ def test_whole_contexts_depend_on_the_sample_alone(table, max_context, seed):
 
     def contexts_of(table: CellTable, targets: np.ndarray) -> dict[str, frozenset]:
         """The names of the cells that each counted cell sees."""
-        nearest = None if table.coordinates is None else nearest_cells(
-            table.coordinates, rows_by_sample(table.sample, everything), 4
+        nearest = (
+            None
+            if table.coordinates is None
+            else nearest_cells(table.coordinates, rows_by_sample(table.sample, everything), 4)
         )
         found = whole_contexts(table, everything, targets, max_context, nearest)
         return {
@@ -144,7 +150,7 @@ def test_packing_keeps_every_context(sizes, batch_size, seed):
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(2, 3), st.integers(0, 2**32 - 1), st.booleans())
 def test_tiles_partition_the_cells(n, max_size, n_dims, seed, drawn):
     rng = np.random.default_rng(seed)
-    parts = tiles(rng.normal(size=(n, n_dims)), max_size, rng if drawn else None)
+    parts = tiles(rng.normal(size=(n, n_dims)), -(-n // max_size), rng if drawn else None)
     assert sorted(np.concatenate(parts)) == list(range(n))
     assert 1 <= min(map(len, parts))
     assert max(map(len, parts)) <= max_size
@@ -159,16 +165,18 @@ def test_tiles_move_with_the_section(n, angle, mirror, seed):
     if mirror:
         turn[:, 0] *= -1
     moved = xy @ turn.T + rng.normal(size=2) * 100
-    assert {frozenset(part) for part in tiles(xy, 9)} == {frozenset(part) for part in tiles(moved, 9)}
+    assert {frozenset(part) for part in tiles(xy, 7)} == {frozenset(part) for part in tiles(moved, 7)}
 
 
 def test_tiles_are_compact():
     xy = np.random.default_rng(0).random((400, 2))
-    within = np.mean([xy[part].var(0).sum() for part in tiles(xy, 25)])
+    within = np.mean([xy[part].var(0).sum() for part in tiles(xy, 16)])
     assert within < 0.2 * xy.var(0).sum()
 
 
-@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 2**32 - 1), st.sampled_from(["free", "grid", "same", "nan"]))
+@given(
+    st.integers(1, 40), st.integers(1, 12), st.integers(0, 2**32 - 1), st.sampled_from(["free", "grid", "same", "nan"])
+)
 def test_nearest_cells_are_those_of_a_full_table_of_distances(n, k, seed, layout):
     rng = np.random.default_rng(seed)
     xy = rng.normal(size=(n, 2))
@@ -201,7 +209,9 @@ def test_nearest_cells_are_those_of_a_full_table_of_distances(n, k, seed, layout
 def test_nearest_cells_on_a_grid_do_not_depend_on_the_order_of_rows(layout, k):
     """On a grid the k-th neighbour is one of several at the same distance."""
     i, j = np.divmod(np.arange(64), 8)
-    xy = np.stack([i * (np.sqrt(0.75) if layout == "hexagonal" else 1.0), j + 0.5 * (i % 2) * (layout == "hexagonal")], 1)
+    xy = np.stack(
+        [i * (np.sqrt(0.75) if layout == "hexagonal" else 1.0), j + 0.5 * (i % 2) * (layout == "hexagonal")], 1
+    )
     order = np.random.default_rng(0).permutation(64)
     first = nearest_cells(xy, [np.arange(64)], k)
     second = nearest_cells(xy[order], [np.arange(64)], k)
@@ -235,5 +245,3 @@ def test_the_pool_hides_the_other_cells():
     contexts = whole_contexts(table, pool, targets, 6, nearest)
     assert set(np.concatenate([c.rows for c in contexts])) <= set(pool)
     assert sorted(np.concatenate([c.rows[c.target] for c in contexts])) == list(targets)
-
-

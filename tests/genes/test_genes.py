@@ -8,7 +8,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cellplm_scvi.genes import map_genes, to_ensembl, to_symbol
@@ -72,6 +72,7 @@ def test_approved_symbol_wins_over_old_names_of_other_genes():
     assert not mapping.ambiguous
 
 
+@settings(deadline=None)  # the first example reads the tables
 @given(name=old)
 def test_an_old_name_is_translated_to_a_gene_that_had_it_or_not_at_all(name):
     mapping = map_genes([name], "symbol")
@@ -131,6 +132,7 @@ def test_an_ensembl_id_that_hgnc_lacks_stays_an_ensembl_id():
     assert map_genes(["ENSG00000999999.3"], "symbol").unknown == ["ENSG00000999999.3"]
 
 
+@settings(deadline=None)  # the first example reads the tables
 @given(names=st.lists(any_name, max_size=12), target=st.sampled_from(["ensembl", "symbol"]))
 def test_results_are_aligned_with_the_names_whatever_their_order(names, target):
     mapping = map_genes(names, target)
@@ -146,6 +148,7 @@ def test_results_are_aligned_with_the_names_whatever_their_order(names, target):
     assert {name for name, how in zip(names, mapping.how, strict=True) if how in ("unknown", "ambiguous")} == listed
 
 
+@settings(deadline=None)  # the first example reads the tables
 @given(names=st.lists(any_name, max_size=6))
 def test_translating_twice_changes_nothing(names):
     once = map_genes(names, "symbol").mapped.dropna().tolist()

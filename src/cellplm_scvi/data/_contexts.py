@@ -16,6 +16,9 @@ from scipy.spatial import cKDTree
 from ._checks import CHUNK_ROWS
 from ._table import CellTable
 
+#: distances closer to each other than this share count as equal
+TIE = 1e-6
+
 
 @dataclass(frozen=True)
 class Context:
@@ -70,7 +73,8 @@ def nearest_cells(coordinates: np.ndarray, samples: Sequence[np.ndarray], n_neig
     """The nearest cells within each sample.
 
     The unit of distance is the sample's median distance to the fifth neighbour, so that coordinates may be in pixels or
-    micrometres.
+    micrometres. Of cells at the same distance, all are neighbours or none is (unless none at all would be left): on a grid,
+    such as that of Visium, it must not be the order of rows that decides.
     """
     n_cells = coordinates.shape[0]
     index = np.full((n_cells, n_neighbours), -1, dtype=np.int64)
@@ -79,28 +83,32 @@ def nearest_cells(coordinates: np.ndarray, samples: Sequence[np.ndarray], n_neig
         rows = rows[located(coordinates, rows)]
         if rows.shape[0] < 2:
             continue
-        k = min(n_neighbours + 1, rows.shape[0])
-        far, near = cKDTree(coordinates[rows]).query(coordinates[rows], k=k, workers=-1)
+        rows = rows[np.lexsort(coordinates[rows].T)]
+        k = min(n_neighbours, rows.shape[0] - 1)
+        n_asked = min(k + 2, rows.shape[0])  # the cell itself, and one more than needed
+        far, near = cKDTree(coordinates[rows]).query(coordinates[rows], k=n_asked, workers=-1)
         # Cells in the same place may list each other before themselves; a cell is never its own neighbour.
         own = near == np.arange(rows.shape[0])[:, None]
         own[~own.any(1), -1] = True
-        far, near = far[~own].reshape(-1, k - 1), near[~own].reshape(-1, k - 1)
-        unit = np.median(far[:, min(4, k - 2)])
-        unit = unit if unit > 0 else max(float(far.max()), 1.0)
-        index[rows, : k - 1] = rows[near]
-        distance[rows, : k - 1] = far / unit
+        far, near = far[~own].reshape(-1, n_asked - 1), near[~own].reshape(-1, n_asked - 1)
+        unit = np.median(far[:, min(4, k - 1)])
+        unit = unit if unit > 0 else max(float(far[:, :k].max()), 1.0)
+        nearer = far[:, :k] < far[:, k:] * (1 - TIE) if n_asked - 1 > k else np.ones((rows.shape[0], k), dtype=bool)
+        nearer[~nearer.any(1)] = True
+        index[rows, :k] = np.where(nearer, rows[near[:, :k]], -1)
+        distance[rows, :k] = np.where(nearer, far[:, :k] / unit, 0.0)
     return NearestCells(index, distance)
 
 
-def tiles(coordinates: np.ndarray, max_size: int, rng: np.random.Generator | None = None) -> list[np.ndarray]:
-    """Cut cells into compact tiles of at most ``max_size`` by halving across the widest direction.
+def tiles(coordinates: np.ndarray, n_tiles: int, rng: np.random.Generator | None = None) -> list[np.ndarray]:
+    """Cut cells into compact tiles of equal size (to one cell) by halving across the widest direction.
 
     Parameters
     ----------
     coordinates
         (n, n_dims), finite.
-    max_size
-        Largest number of cells of a tile.
+    n_tiles
+        Number of tiles, at most that of the cells.
     rng
         Draws the direction of each cut; ``None`` takes the principal axis, so that a shift, rotation or mirror image of
         the sample has the same tiles.
@@ -127,8 +135,37 @@ def tiles(coordinates: np.ndarray, max_size: int, rng: np.random.Generator | Non
         at = round(rows.shape[0] * first / n_tiles)
         return cut(rows[order[:at]], first) + cut(rows[order[at:]], n_tiles - first)
 
-    n = coordinates.shape[0]
-    return cut(np.arange(n), -(-n // max_size))
+    return cut(np.arange(coordinates.shape[0]), n_tiles)
+
+
+def slices(
+    placed: np.ndarray,
+    loose: np.ndarray,
+    n_slices: int,
+    coordinates: np.ndarray | None,
+    rng: np.random.Generator | None = None,
+) -> list[np.ndarray]:
+    """Cut a sample into slices of equal size (to one cell): compact tiles of the cells with a position, and others.
+
+    Parameters
+    ----------
+    placed, loose
+        Rows with and without a position; the latter are dealt out in their order.
+    n_slices
+        Number of slices, at most that of the cells.
+    coordinates, rng
+        As in :func:`tiles`; coordinates of all rows.
+    """
+    parts = [np.empty(0, dtype=np.int64)] * n_slices
+    if placed.size:
+        cut = tiles(coordinates[placed], min(n_slices, placed.size), rng)  # type: ignore[index]
+        parts[: len(cut)] = [placed[tile] for tile in cut]
+    sizes = np.array([part.shape[0] for part in parts])
+    total, more = divmod(placed.shape[0] + loose.shape[0], n_slices)
+    wanted = np.full(n_slices, total)
+    wanted[np.argsort(-sizes, kind="stable")[:more]] += 1
+    dealt = np.split(loose, np.cumsum(wanted - sizes)[:-1])
+    return [np.concatenate([part, others]) for part, others in zip(parts, dealt, strict=True)]
 
 
 def content_order(table: CellTable, rows: np.ndarray) -> np.ndarray:
@@ -183,23 +220,18 @@ def _fixed_slices(
     """Slices of one sample, each with its context."""
     if rows.shape[0] <= max_context:
         return [(rows, rows)]
-    n_slices = -(-rows.shape[0] // max_context)
     has_position = located(table.coordinates, rows)
     placed, loose = rows[has_position], rows[~has_position]
-    parts = [np.empty(0, dtype=np.int64)] * n_slices
-    if placed.size:
-        cut = tiles(table.coordinates[placed], -(-placed.shape[0] // n_slices))  # type: ignore[index]
-        parts = [placed[tile] for tile in cut]
+    if placed.size:  # one order for the same cells: on a grid, the principal axes are a matter of rounding errors
+        names = pd.util.hash_array(table.names[placed].astype(object))
+        placed = placed[np.lexsort((names, *table.coordinates[placed].T))]  # type: ignore[index]
     if loose.size:
-        split = np.array_split(loose[content_order(table, loose)], len(parts))
-        parts = [np.concatenate([part, more]) for part, more in zip(parts, split, strict=True)]
+        loose = loose[content_order(table, loose)]
+    parts = slices(placed, loose, -(-rows.shape[0] // max_context), table.coordinates)
     if nearest is None:
         return [(part, part) for part in parts]
-    slices = []
-    for part in parts:
-        around = np.setdiff1d(nearest.index[part], part)
-        slices.append((part, np.concatenate([part, around[around >= 0]])))
-    return slices
+    around = [np.setdiff1d(nearest.index[part], part) for part in parts]
+    return [(part, np.concatenate([part, near[near >= 0]])) for part, near in zip(parts, around, strict=True)]
 
 
 def training_contexts(table: CellTable, pool: np.ndarray, context_size: int, rng: np.random.Generator) -> list[Context]:
@@ -211,12 +243,7 @@ def training_contexts(table: CellTable, pool: np.ndarray, context_size: int, rng
     for rows in rows_by_sample(table.sample, pool):
         has_position = located(table.coordinates, rows)
         placed, loose = rows[has_position], rng.permutation(rows[~has_position])
-        if placed.size:
-            parts = [placed[tile] for tile in tiles(table.coordinates[placed], context_size, rng)]  # type: ignore[index]
-            split = np.array_split(loose, len(parts))
-            parts = [np.concatenate([part, more]) for part, more in zip(parts, split, strict=True)]
-        else:
-            parts = np.array_split(loose, -(-loose.shape[0] // context_size))
+        parts = slices(placed, loose, -(-rows.shape[0] // context_size), table.coordinates, rng)
         contexts += [Context(part, np.ones(part.shape[0], dtype=bool)) for part in parts]
     return contexts
 

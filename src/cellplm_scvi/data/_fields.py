@@ -89,14 +89,14 @@ class CovariateField(CategoricalObsField):
         self.argument = argument or f"{registry_key}_key"
 
     def validate_field(self, adata: AnnData) -> None:
-        if not self.is_default:
-            check_no_missing(check_column(adata, self._original_attr_key, self.argument), self._original_attr_key)
-        super().validate_field(adata)
+        if self.is_default or (self._original_attr_key not in adata.obs and self.attr_key in adata.obs):
+            return  # there are codes without a column where data came without it, see `transfer_field`
+        check_no_missing(check_column(adata, self._original_attr_key, self.argument), self._original_attr_key)
 
     def register_field(self, adata: AnnData) -> dict:
         if self.is_default:
             self._setup_default_attr(adata)
-        self.validate_field(adata)
+        check_no_missing(check_column(adata, self._original_attr_key, self.argument), self._original_attr_key)
         # Unlike scvi-tools' field: categories without a cell get no code, which no cell could train.
         column = adata.obs[self._original_attr_key].astype("category").cat.remove_unused_categories()
         adata.obs[self.attr_key] = column.cat.codes.astype(np.int64)
@@ -195,25 +195,24 @@ class CoordinatesField(ObsmField):
 
     def validate_field(self, adata: AnnData) -> None:
         if self.attr_key not in adata.obsm:
-            raise KeyError(
-                f'spatial_key="{self.attr_key}" is not in adata.obsm, which has {some(list(adata.obsm)) or "nothing"}.'
-            )
+            warn(f'This AnnData has no obsm["{self.attr_key}"]: its cells have no position.')
+            return
         check_coordinates(np.asarray(adata.obsm[self.attr_key]), self.attr_key, adata.obs_names)
 
     def register_field(self, adata: AnnData) -> dict:
+        if self.attr_key not in adata.obsm:
+            raise KeyError(
+                f'spatial_key="{self.attr_key}" is not in adata.obsm, which has {some(list(adata.obsm)) or "nothing"}.'
+            )
         self.validate_field(adata)
         return {self.N_DIMS_KEY: adata.obsm[self.attr_key].shape[1]}
 
     def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict:
-        if self.attr_key not in adata_target.obsm:
-            warn(f'This AnnData has no obsm["{self.attr_key}"]: its cells have no position.')
-            return state_registry
-        found = self.register_field(adata_target)
-        if found != state_registry:
-            raise ValueError(
-                f'obsm["{self.attr_key}"] has {found[self.N_DIMS_KEY]} columns; the model was set up with '
-                f"{state_registry[self.N_DIMS_KEY]}."
-            )
+        self.validate_field(adata_target)
+        if self.attr_key in adata_target.obsm:
+            n_dims, expected = adata_target.obsm[self.attr_key].shape[1], state_registry[self.N_DIMS_KEY]
+            if n_dims != expected:
+                raise ValueError(f'obsm["{self.attr_key}"] has {n_dims} columns; the model was set up with {expected}.')
         return state_registry
 
     def get_summary_stats(self, state_registry: dict) -> dict:
@@ -253,9 +252,7 @@ class MeasuredGenesField(BaseAnnDataField):
 
     def validate_field(self, adata: AnnData) -> None:
         if self.attr_key not in adata.varm:
-            raise KeyError(
-                f'measured_genes_key="{self.attr_key}" is not in adata.varm, which has {some(list(adata.varm)) or "nothing"}.'
-            )
+            return
         table = adata.varm[self.attr_key]
         if not isinstance(table, pd.DataFrame):
             raise TypeError(
@@ -280,12 +277,15 @@ class MeasuredGenesField(BaseAnnDataField):
             )
 
     def register_field(self, adata: AnnData) -> dict:
+        if self.attr_key not in adata.varm:
+            raise KeyError(
+                f'measured_genes_key="{self.attr_key}" is not in adata.varm, which has {some(list(adata.varm)) or "nothing"}.'
+            )
         self.validate_field(adata)
         return {}
 
     def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict:
-        if self.attr_key in adata_target.varm:
-            self.validate_field(adata_target)
+        self.validate_field(adata_target)
         return state_registry
 
     def get_summary_stats(self, state_registry: dict) -> dict:

@@ -159,12 +159,14 @@ def _scaled_to_sample(table: CellTable) -> np.ndarray | None:
 
 
 class MinibatchSampler(Sampler[MinibatchRows], Sized, ABC):
-    """Yields the rows of minibatches; in a distributed run every rank yields the same number of them.
+    """Yields the rows of minibatches; in distributed training every rank yields the same number of them.
 
     Ranks take turns; where the minibatches do not divide evenly, the first ones are given out once more.
     """
 
     epoch = 0
+    #: whether ranks share the minibatches out; each needs all of them where a result is computed
+    shared = True
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Lightning before each epoch."""
@@ -175,14 +177,14 @@ class MinibatchSampler(Sampler[MinibatchRows], Sized, ABC):
         """All minibatches of the current epoch, the same on every rank."""
 
     def __iter__(self) -> Iterator[MinibatchRows]:
-        rank, n_ranks = _rank()
+        rank, n_ranks = _rank() if self.shared else (0, 1)
         batches = self.batches()
         even = -(-len(batches) // n_ranks) * n_ranks
         for i in range(rank, even, n_ranks):
             yield batches[i % len(batches)]
 
     def __len__(self) -> int:
-        return -(-len(self.batches()) // _rank()[1])
+        return -(-len(self.batches()) // (_rank()[1] if self.shared else 1))
 
 
 def _rank() -> tuple[int, int]:
@@ -195,8 +197,9 @@ def _rank() -> tuple[int, int]:
 class WholeSampleSampler(MinibatchSampler):
     """Every sample that holds a target, in fixed contexts and order."""
 
-    def __init__(self, contexts: Sequence[Context], batch_size: int):
+    def __init__(self, contexts: Sequence[Context], batch_size: int, *, shared: bool):
         self._batches = [MinibatchRows.of(packed) for packed in pack(contexts, batch_size)]
+        self.shared = shared
 
     def batches(self) -> list[MinibatchRows]:
         return self._batches
@@ -225,6 +228,8 @@ class RandomSliceSampler(MinibatchSampler):
 class RowSampler(MinibatchSampler):
     """Cells one by one in the order asked for, after the encoder has run."""
 
+    shared = False
+
     def __init__(self, rows: np.ndarray, batch_size: int):
         self._batches = [MinibatchRows(rows[i : i + batch_size]) for i in range(0, rows.shape[0], batch_size)]
 
@@ -249,13 +254,16 @@ def whole_sample_loader(
     batch_size: int,
     max_context: int,
     pool: np.ndarray | None = None,
+    shared: bool = False,
     **kwargs: Any,
 ) -> CellLoader:
-    """A loader whose minibatches hold every context with a target, for inference and validation."""
+    """A loader whose minibatches hold every context with a target, for inference and (``shared``) validation."""
     pool = np.arange(table.n_cells) if pool is None else pool
     nearest = _nearest(table, spatial, pool)
     contexts = whole_contexts(table, pool, targets, max_context, nearest)
-    return CellLoader(CellDataset(table, spatial, nearest), WholeSampleSampler(contexts, batch_size), **kwargs)
+    return CellLoader(
+        CellDataset(table, spatial, nearest), WholeSampleSampler(contexts, batch_size, shared=shared), **kwargs
+    )
 
 
 def training_loader(

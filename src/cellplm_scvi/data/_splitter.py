@@ -132,6 +132,7 @@ class SampleSplitter(pl.LightningDataModule):
             pool=np.concatenate([self.train_idx, targets]),
             batch_size=self.max_context,
             max_context=self.max_context,
+            shared=True,
             **self.loader_kwargs,
         )
 

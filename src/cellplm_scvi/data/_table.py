@@ -32,9 +32,19 @@ class CountRows:
         For each given gene its column in the model, -1 where the model does not know it, (n_given,).
     n_genes
         Number of genes of the model.
+    measured, panel
+        Genes of each panel, (n_panels, n_genes), and panel of each cell, (n_cells,): counts of a gene that the cell's
+        panel lacks are left out.
     """
 
-    def __init__(self, x: object, columns: np.ndarray, n_genes: int):
+    def __init__(
+        self,
+        x: object,
+        columns: np.ndarray,
+        n_genes: int,
+        measured: np.ndarray | None = None,
+        panel: np.ndarray | None = None,
+    ):
         if isinstance(x, CSCDataset):
             x = x.to_memory()
         if sp.issparse(x):
@@ -45,6 +55,7 @@ class CountRows:
         self._x = x
         self._backed = isinstance(x, CSRDataset | h5py.Dataset)
         self.n_genes = n_genes
+        self._measured, self._panel = (None, None) if measured is None or measured.all() else (measured, panel)
         identity = columns.shape[0] == n_genes and bool((columns == np.arange(n_genes)).all())
         self._columns = None if identity else columns
 
@@ -57,10 +68,14 @@ class CountRows:
         else:
             part = sp.csr_matrix(self._x[rows])
         part = part.astype(np.float32, copy=False)
-        if self._columns is None:
+        if self._backed:
+            part.sum_duplicates()
+        if self._columns is None and self._panel is None:
             return part
-        columns = self._columns[part.indices]
+        columns = part.indices if self._columns is None else self._columns[part.indices]
         keep = columns >= 0
+        if self._measured is not None and self._panel is not None:
+            keep &= self._measured[np.repeat(self._panel[rows], np.diff(part.indptr)), columns]
         offsets = np.concatenate([[0], np.cumsum(keep)])[part.indptr]
         return sp.csr_matrix((part.data[keep], columns[keep], offsets), shape=(part.shape[0], self.n_genes))
 
@@ -116,12 +131,14 @@ class CellTable:
             holder, key = _holder(manager, c.COORDINATES_KEY), registry[c.COORDINATES_KEY].attr_key
             if key in holder.obsm:
                 coordinates = np.asarray(holder.obsm[key], dtype=np.float64)
+            else:
+                coordinates = np.full((adata.n_obs, manager.get_state_registry(c.COORDINATES_KEY)["n_dims"]), np.nan)
         size_factor = None
         if c.SIZE_FACTOR_KEY in registry:
             size_factor = np.asarray(manager.get_from_registry(c.SIZE_FACTOR_KEY), dtype=np.float32).ravel()
         measured, panel = _panels(manager, adata, genes, columns)
         return cls(
-            counts=CountRows(manager.get_from_registry(c.X_KEY), columns, len(genes)),
+            counts=CountRows(manager.get_from_registry(c.X_KEY), columns, len(genes), measured, panel),
             covariates={key: codes(key) for key in c.COVARIATES if key in registry},
             sample=codes(c.SAMPLE_KEY),
             names=adata.obs_names.to_numpy(),

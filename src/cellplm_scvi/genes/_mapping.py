@@ -208,7 +208,7 @@ def _map(names: Iterable[Any], target: Target, organism: Organism) -> GeneMappin
     table = gene_table(organism)
 
     found: dict[str | None, tuple[How, list[Gene]]] = {
-        name: ("unknown", []) if name is None else _find(name, table) for name in given
+        name: ("unknown", []) if name is None else _find(name, table) for name in dict.fromkeys(given)
     }
     result = {name: _translate(name, how, genes, target, organism) for name, (how, genes) in found.items()}
 

@@ -1,0 +1,191 @@
+"""Saved models, and data that they have not seen."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from anndata import AnnData
+
+from cellplm_scvi import CellPLM
+
+
+@pytest.fixture(params=["dissociated", "spatial"])
+def model(request, models) -> CellPLM:
+    return models[request.param]
+
+
+@pytest.fixture
+def saved(model, tmp_path) -> str:
+    model.save(str(tmp_path / "model"))
+    return str(tmp_path / "model")
+
+
+def test_a_saved_model_gives_the_same_numbers(model, saved):
+    again = CellPLM.load(saved, adata=model.adata.copy(), accelerator="cpu")
+    for ours, theirs in zip(model.module.state_dict().values(), again.module.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    np.testing.assert_array_equal(again.get_latent_representation(), model.get_latent_representation())
+    np.testing.assert_array_equal(again.get_normalized_expression(), model.get_normalized_expression())
+    assert float(again.get_elbo()) == float(model.get_elbo())
+    pd.testing.assert_frame_equal(again.get_mixture_probabilities(), model.get_mixture_probabilities())
+    assert again.history.keys() == model.history.keys()
+
+
+def test_a_model_saved_with_its_data(model, tmp_path):
+    model.save(str(tmp_path / "model"), save_anndata=True)
+    again = CellPLM.load(str(tmp_path / "model"), accelerator="cpu")
+    np.testing.assert_allclose(again.get_latent_representation(), model.get_latent_representation(), atol=1e-6)
+    CellPLM.setup_anndata(model.adata.copy())
+
+
+def test_a_model_loaded_without_data(model, saved):
+    again = CellPLM.load(saved, adata=False, accelerator="cpu")
+    np.testing.assert_allclose(
+        again.get_latent_representation(model.adata.copy()), model.get_latent_representation(), atol=1e-6
+    )
+
+
+def test_loading_does_not_depend_on_the_new_data(model, saved, make_tissues):
+    """Sizes and normalisation come from the saved model, whatever it is loaded with."""
+    other = make_tissues(25, 30, spatial=True, seed=9)
+    other.X = other.X * 7
+    again = CellPLM.load(saved, adata=other, accelerator="cpu")
+    np.testing.assert_array_equal(
+        again.get_latent_representation(other), model.get_latent_representation(other.copy())
+    )
+
+
+def test_new_samples_are_embedded_without_a_word(model, make_tissues):
+    other = make_tissues(40, 30, spatial=True, seed=5)
+    other.obs["sample"] = [f"new{i % 3}" for i in range(40)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        z = model.get_latent_representation(other)
+    assert np.isfinite(z).all()
+    other.obs["sample"] = [f"newer{i % 3}" for i in range(40)]
+    np.testing.assert_allclose(model.get_latent_representation(other.copy()), z, atol=1e-6)
+
+
+def test_fewer_and_other_genes(model):
+    few = model.adata[:, model.adata.var_names != "gene4"].copy()
+    few.var_names = [f"extra{i}" if i < 2 else name for i, name in enumerate(few.var_names)]
+    message = (
+        r'3 of the model\'s 30 genes are not in this AnnData \("gene0", "gene1", "gene4"\) and count as not measured; '
+        r'2 of its genes are unknown to the model \("extra0", "extra1"\) and are not used\.$'
+    )
+    with pytest.warns(UserWarning, match=message):
+        z = model.get_latent_representation(few)
+    assert np.isfinite(z).all()
+    whole = model.get_latent_representation()
+    assert np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(z.T, whole.T, strict=True)]) > 0.5
+    expression = model.get_normalized_expression(few)
+    assert list(expression.columns) == [name for name in few.var_names if not name.startswith("extra")]
+    np.testing.assert_allclose(expression.sum(1), 1.0, rtol=1e-4)
+    assert np.isfinite(model.get_elbo(few))
+
+
+def test_few_genes_are_called_few(model):
+    with pytest.warns(UserWarning, match="22 of the model's 30 genes.*These are few"):
+        model.get_latent_representation(model.adata[:, :8].copy())
+
+
+def test_no_shared_gene_is_an_error(model):
+    other = model.adata.copy()
+    other.var_names = [f"ENSG{i:08}" for i in range(other.n_vars)]
+    with pytest.raises(ValueError, match=r"None of the model's 30 genes \(such as \"gene0\".*\"ENSG00000000\".*identifiers"):
+        model.get_latent_representation(other)
+
+
+@pytest.mark.parametrize("key", ["batch", "platform", "study"])
+def test_unseen_categories_get_the_mean_code(model, key):
+    other = model.adata.copy()
+    other.obs[key] = np.where(np.arange(other.n_obs) < 10, "unseen", other.obs[key].astype(str))
+    with pytest.warns(UserWarning, match=rf'obs\["{key}"\] has 1 category that the model has not seen \("unseen"\): 10 cells'):
+        expression = model.get_normalized_expression(other)
+    known = model.get_normalized_expression()
+    np.testing.assert_allclose(expression[10:], known[10:], rtol=1e-4)
+    assert np.abs(expression[:10] - known[:10]).to_numpy().max() > 1e-6
+    np.testing.assert_allclose(model.get_latent_representation(other), model.get_latent_representation(), atol=1e-6)
+    other.obs[key] = "also unseen"
+    with pytest.warns(UserWarning, match="also unseen"):
+        every = model.get_normalized_expression(other.copy())
+    np.testing.assert_allclose(every[:10], expression[:10], rtol=1e-4)
+
+
+@pytest.mark.parametrize("key", ["batch", "platform", "study"])
+def test_a_missing_covariate_gets_the_mean_code(model, key):
+    other = model.adata.copy()
+    del other.obs[key]
+    with pytest.warns(UserWarning, match=rf'no obs\["{key}"\]: its cells get the mean'):
+        expression = model.get_normalized_expression(other)
+    unseen = model.adata.copy()
+    unseen.obs[key] = "unseen"
+    np.testing.assert_allclose(expression, model.get_normalized_expression(unseen), rtol=1e-5)
+
+
+def test_missing_columns_are_no_matter_at_the_second_call(model):
+    other = model.adata.copy()
+    other.obs = other.obs[["sample", "cell_type"]]
+    other.obsm.clear()
+    first = model.get_latent_representation(other)
+    np.testing.assert_array_equal(model.get_latent_representation(other), first)
+    assert model.get_normalized_expression(other).shape == other.shape
+    assert model.differential_expression(other, groupby="cell_type", group1="type0", silent=True).shape[0] == other.n_vars
+
+
+def test_a_missing_sample_column_is_one_sample(model):
+    other = model.adata.copy()
+    del other.obs["sample"]
+    with pytest.warns(UserWarning, match="all its cells are treated as one sample"):
+        z = model.get_latent_representation(other)
+    one = model.adata.copy()
+    one.obs["sample"] = "one"
+    np.testing.assert_allclose(model.get_latent_representation(one), z, atol=1e-6)
+
+
+def test_a_mistyped_key_is_an_error_after_an_earlier_set_up(tissues):
+    CellPLM.setup_anndata(tissues, batch_key="batch")
+    with pytest.raises(KeyError, match='batch_key="bacth"'):
+        CellPLM.setup_anndata(tissues, batch_key="bacth")
+
+
+def test_bad_new_data_are_refused(model):
+    other = model.adata.copy()
+    other.X = other.X * 0.5
+    with pytest.raises(ValueError, match="does not hold counts"):
+        model.get_latent_representation(other)
+
+
+def test_counts_that_were_changed_after_set_up_are_checked(model):
+    other = model.adata.copy()
+    model.get_latent_representation(other)
+    other.X = np.log1p(other.X.toarray())
+    with pytest.raises(ValueError, match="log-normalised"):
+        model.get_latent_representation(other)
+
+
+def test_coordinates_of_another_dimension(spatial_model, make_tissues):
+    other = make_tissues(30, 30, spatial=True, n_dims=3)
+    with pytest.raises(ValueError, match=r'obsm\["spatial"\] has 3 columns; the model was set up with 2'):
+        spatial_model.get_latent_representation(other)
+
+
+def test_one_new_cell(model):
+    one = model.adata[:1].copy()
+    assert np.isfinite(model.get_latent_representation(one)).all()
+    assert model.get_normalized_expression(one).shape == (1, 30)
+
+
+def test_new_data_of_zero_cells(model):
+    with pytest.raises(ValueError, match="The AnnData is empty: it has 0 cells"):
+        model.get_latent_representation(model.adata[:0].copy())
+
+
+def test_new_cells_without_counts(model):
+    empty = AnnData(np.zeros((3, 30), np.float32), obs=model.adata.obs.iloc[:3], var=model.adata.var)
+    assert np.isfinite(model.get_latent_representation(empty)).all()
+    assert np.isfinite(model.get_normalized_expression(empty).to_numpy()).all()

@@ -1,0 +1,306 @@
+"""Public results: aligned with the names of cells and genes, repeatable, and what they claim to be."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from cellplm_scvi import CellPLM
+
+ROWS = [17, 3, 3, 60, 41]
+
+
+@pytest.fixture(params=["dissociated", "spatial"])
+def model(request, models) -> CellPLM:
+    return models[request.param]
+
+
+def shuffled(model: CellPLM):
+    """The model's data with the rows in another order, and that order."""
+    order = np.random.default_rng(1).permutation(model.adata.n_obs)
+    return model.adata[order].copy(), order
+
+
+def test_normalised_expression_is_named_and_aligned(model):
+    whole = model.get_normalized_expression()
+    assert list(whole.index) == list(model.adata.obs_names)
+    assert list(whole.columns) == list(model.adata.var_names)
+    np.testing.assert_allclose(whole.sum(1), 1.0, rtol=1e-4)
+    assert (whole.to_numpy() > 0).all()
+    some = model.get_normalized_expression(indices=ROWS, batch_size=2)
+    assert list(some.index) == list(model.adata.obs_names[ROWS])
+    np.testing.assert_allclose(some, whole.iloc[ROWS], rtol=1e-4)
+    adata, order = shuffled(model)
+    pd.testing.assert_frame_equal(model.get_normalized_expression(adata), whole.iloc[order], rtol=1e-3, atol=1e-6)
+
+
+def test_normalised_expression_follows_the_counts(model):
+    x = model.adata.X.toarray()
+    found = model.get_normalized_expression(library_size="latent").to_numpy()
+    assert np.corrcoef(x.mean(0), found.mean(0))[0, 1] > 0.8
+    own = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(x, found, strict=True)])
+    assert own > np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(x[::-1], found, strict=True)]) - 0.02
+
+
+def test_library_size(model):
+    share = model.get_normalized_expression(return_numpy=True)
+    np.testing.assert_allclose(model.get_normalized_expression(library_size=1e4, return_numpy=True), share * 1e4, rtol=1e-4)
+    total = np.asarray(model.adata.X.sum(1)).ravel()
+    own = model.get_normalized_expression(library_size="latent", return_numpy=True)
+    np.testing.assert_allclose(own, share * total[:, None], rtol=1e-4)
+    np.testing.assert_allclose(model.get_latent_library_size(indices=ROWS), total[ROWS])
+
+
+def test_gene_list(model):
+    whole = model.get_normalized_expression()
+    some = model.get_normalized_expression(gene_list=["gene7", "gene2"])
+    assert set(some.columns) == {"gene2", "gene7"}
+    pd.testing.assert_frame_equal(some, whole[some.columns])
+    assert list(model.get_normalized_expression(gene_list="gene2").columns) == ["gene2"]
+    with pytest.raises(ValueError, match=r'gene_list has 1 genes that are not known \("nothing"\)'):
+        model.get_normalized_expression(gene_list=["gene2", "nothing"])
+
+
+def test_transform_batch(model):
+    own = model.get_normalized_expression()
+    per_batch = [model.get_normalized_expression(transform_batch=name) for name in ("batch0", "batch1")]
+    of_first = (model.adata.obs["batch"] == "batch0").to_numpy()
+    np.testing.assert_allclose(per_batch[0][of_first], own[of_first], rtol=1e-5)
+    np.testing.assert_allclose(per_batch[1][~of_first], own[~of_first], rtol=1e-5)
+    assert np.abs(per_batch[0] - per_batch[1]).to_numpy().max() > 1e-5
+    both = model.get_normalized_expression(transform_batch=["batch0", "batch1"])
+    np.testing.assert_allclose(both, (per_batch[0] + per_batch[1]) / 2, rtol=1e-5)
+    with pytest.raises(ValueError, match="batch9"):
+        model.get_normalized_expression(transform_batch="batch9")
+
+
+def test_draws(model):
+    draws = model.get_normalized_expression(indices=ROWS, n_samples=5, return_mean=False)
+    assert draws.shape == (5, len(ROWS), model.adata.n_vars)
+    assert np.ptp(draws, axis=0).max() > 0
+    mean = model.get_normalized_expression(indices=ROWS, n_samples=5)
+    np.testing.assert_allclose(mean, draws.mean(0), rtol=1e-4)
+    pairs = model.get_normalized_expression(indices=ROWS, n_samples_overall=13, return_numpy=True)
+    assert pairs.shape == (13, model.adata.n_vars)
+    many = model.get_normalized_expression(indices=ROWS[:2], n_samples=300)
+    point = model.get_normalized_expression(indices=ROWS[:2])
+    assert np.corrcoef(many.to_numpy().ravel(), point.to_numpy().ravel())[0, 1] > 0.9
+
+
+def test_importance_weights_are_refused(model):
+    with pytest.raises(ValueError, match=r'weights="importance" is not available: .*standard normal prior'):
+        model.get_normalized_expression(weights="importance")
+
+
+def test_moments_and_draws_of_the_latent_space(model):
+    mean, variance = model.get_latent_representation(indices=ROWS, return_dist=True)
+    assert mean.shape == variance.shape == (len(ROWS), 4)
+    np.testing.assert_array_equal(mean, model.get_latent_representation(indices=ROWS))
+    assert (variance > 0).all()
+    torch.manual_seed(0)
+    drawn = np.stack([model.get_latent_representation(indices=ROWS, give_mean=False) for _ in range(40)])
+    assert (np.abs(drawn.mean(0) - mean) < 5 * np.sqrt(variance / 40)).all()
+    averaged = model.get_latent_representation(indices=ROWS, give_mean=False, mc_samples=2000)
+    assert (np.abs(averaged - mean) < 5 * np.sqrt(variance / 2000)).all()
+
+
+def test_mixture_probabilities(model):
+    found = model.get_mixture_probabilities()
+    assert list(found.index) == list(model.adata.obs_names)
+    assert found.shape == (model.adata.n_obs, 3)
+    np.testing.assert_allclose(found.sum(1), 1.0, rtol=1e-5)
+    latent = model.module.latent
+    z = torch.from_numpy(model.get_latent_representation())
+    with torch.no_grad():
+        components = torch.distributions.Normal(latent.component_mean, latent.component_log_variance.mul(0.5).exp())
+        joint = components.log_prob(z[:, None]).sum(-1) + latent.component_logit.log_softmax(0)
+        expected = joint.softmax(1).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+    some = model.get_mixture_probabilities(indices=ROWS)
+    assert list(some.index) == list(model.adata.obs_names[ROWS])
+    np.testing.assert_allclose(some, found.iloc[ROWS], rtol=1e-3, atol=1e-5)
+    adata, order = shuffled(model)
+    pd.testing.assert_frame_equal(model.get_mixture_probabilities(adata), found.iloc[order], rtol=1e-3, atol=1e-5)
+
+
+def test_mixture_probabilities_need_a_mixture(tissues, build, train):
+    model = train(build(tissues, latent="gaussian"))
+    with pytest.raises(ValueError, match='latent="mixture" has mixture components; this one was built with latent="gaussian"'):
+        model.get_mixture_probabilities()
+
+
+@pytest.mark.parametrize("latent", ["mixture", "gaussian", "deterministic"])
+def test_likelihoods_a_cell_are_aligned(make_tissues, build, train, latent):
+    """Of one cell, the counts are spoilt: its likelihood alone falls."""
+    model = train(build(make_tissues(), latent=latent, encoder="mlp"), max_epochs=2)
+    elbo = model.get_elbo(return_mean=False)
+    error = model.get_reconstruction_error(return_mean=False)["reconstruction_loss"]
+    assert elbo.shape == error.shape == (model.adata.n_obs,)
+    assert float(model.get_elbo()) == pytest.approx(float(elbo.mean()), rel=1e-3)
+    assert float(model.get_reconstruction_error()["reconstruction_loss"]) == pytest.approx(float(error.mean()), rel=1e-3)
+    spoilt = model.adata.copy()
+    x = spoilt.X.toarray()
+    x[41] = 0
+    x[41, 5] = 500
+    spoilt.X = x
+    changed = model.get_elbo(spoilt, return_mean=False)
+    assert int(np.argmin(changed)) == 41
+    others = np.arange(model.adata.n_obs) != 41
+    np.testing.assert_allclose(np.asarray(changed)[others], np.asarray(elbo)[others], rtol=1e-3, atol=1e-2)
+    assert int(np.argmax(model.get_reconstruction_error(spoilt, return_mean=False)["reconstruction_loss"])) == 41
+
+
+def test_likelihoods_of_rows(model):
+    whole = model.get_reconstruction_error(return_mean=False)["reconstruction_loss"]
+    some = model.get_reconstruction_error(indices=ROWS, return_mean=False)["reconstruction_loss"]
+    # one draw of z each, so alike but not equal
+    assert np.corrcoef(np.asarray(some), np.asarray(whole)[ROWS])[0, 1] > 0.8
+    np.testing.assert_array_equal(model.get_elbo(return_mean=False), model.get_elbo(return_mean=False))
+
+
+def test_predictive_samples(model):
+    drawn = model.posterior_predictive_sample(n_samples=50)
+    assert drawn.shape == (model.adata.n_obs, model.adata.n_vars, 50)
+    dense = drawn.todense()
+    assert (dense >= 0).all()
+    np.testing.assert_array_equal(dense, np.rint(dense))
+    expected = model.get_normalized_expression(library_size="latent").to_numpy()
+    assert np.corrcoef(dense.mean(-1).ravel(), expected.ravel())[0, 1] > 0.9
+    one = model.posterior_predictive_sample(indices=ROWS)
+    assert one.shape == (len(ROWS), model.adata.n_vars)
+    np.testing.assert_array_equal(one.todense(), model.posterior_predictive_sample(indices=ROWS).todense())
+
+
+def test_predictive_samples_are_aligned_by_gene(model):
+    """The most frequent gene has the most draws wherever its column is."""
+    order = np.random.default_rng(2).permutation(model.adata.n_vars)
+    adata = model.adata[:, order].copy()
+    means = model.posterior_predictive_sample(n_samples=30).todense().mean((0, 2))
+    found = model.posterior_predictive_sample(adata, n_samples=30).todense().mean((0, 2))
+    assert np.corrcoef(found, means[order])[0, 1] > 0.97
+    some = model.posterior_predictive_sample(adata, n_samples=30, gene_list=["gene3", "gene4"]).todense().mean((0, 2))
+    columns = [gene for gene in adata.var_names if gene in ("gene3", "gene4")]
+    np.testing.assert_allclose(some, pd.Series(found, adata.var_names)[columns], rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def planted(make_tissues, build, train) -> CellPLM:
+    """A model of data in which gene11 marks type0."""
+    adata = make_tissues(160, 24, seed=3)
+    x = adata.X.toarray()
+    marked = (adata.obs["cell_type"] == "type0").to_numpy()
+    x[:, 11] = np.random.default_rng(0).poisson(np.where(marked, 40, 1))
+    adata.X = x
+    return train(build(adata), max_epochs=25, plan_kwargs={"lr": 1e-2})
+
+
+@pytest.mark.parametrize("batch_correction", [False, True])
+def test_differential_expression_finds_a_planted_gene(planted, batch_correction):
+    found = planted.differential_expression(
+        groupby="cell_type", group1="type0", batch_correction=batch_correction, silent=True
+    )
+    assert set(found.index) == set(planted.adata.var_names)
+    assert found["lfc_mean"].idxmax() == "gene11"
+    assert found.loc["gene11", "proba_de"] > 0.9
+    again = planted.differential_expression(
+        groupby="cell_type", group1="type0", batch_correction=batch_correction, silent=True
+    )
+    pd.testing.assert_frame_equal(found, again)
+
+
+def test_differential_expression_names_genes_in_another_order(planted):
+    order = np.random.default_rng(4).permutation(planted.adata.n_vars)
+    adata = planted.adata[:, order].copy()
+    found = planted.differential_expression(adata, groupby="cell_type", group1="type0", silent=True)
+    assert found["lfc_mean"].idxmax() == "gene11"
+    assert found["raw_mean1"].idxmax() == "gene11"
+
+
+def test_differential_expression_of_data_with_other_genes(planted):
+    few = planted.adata[:, 5:].copy()
+    extra = few.copy()
+    extra.var_names = ["new0", "new1", *few.var_names[2:]]
+    for adata in (few, extra):
+        with pytest.warns(UserWarning, match="genes are not in this AnnData"):
+            found = planted.differential_expression(adata, groupby="cell_type", group1="type0", silent=True)
+        assert found["lfc_mean"].idxmax() == "gene11"
+        assert set(found.index) <= set(adata.var_names)
+
+
+def test_differential_expression_by_rows(planted):
+    adata = planted.adata
+    first = (adata.obs["cell_type"] == "type0").to_numpy()
+    found = planted.differential_expression(idx1=first, idx2=~first, mode="vanilla", silent=True)
+    assert found["bayes_factor"].idxmax() == "gene11"
+
+
+def test_feature_correlations(planted):
+    found = planted.get_feature_correlation_matrix(n_samples=4, correlation_type="pearson")
+    assert list(found.index) == list(found.columns) == list(planted.adata.var_names)
+    np.testing.assert_allclose(np.diag(found), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(found, found.T, atol=1e-6)
+
+
+def test_likelihood_parameters(model):
+    found = model.get_likelihood_parameters(indices=ROWS)
+    assert found["mean"].shape == found["dispersions"].shape == (len(ROWS), model.adata.n_vars)
+    assert (found["dispersions"] > 0).all()
+    expected = model.get_normalized_expression(indices=ROWS, library_size="latent").to_numpy()
+    assert np.corrcoef(found["mean"].ravel(), expected.ravel())[0, 1] > 0.9
+
+
+def test_marginal_likelihood_works_or_says_that_it_does_not(model):
+    with pytest.raises(NotImplementedError, match="marginal"):
+        model.get_marginal_ll()
+
+
+def test_results_need_training(tissues, build):
+    model = build(tissues)
+    with pytest.raises(RuntimeError, match="rain"):
+        model.get_latent_representation()
+    with pytest.raises(RuntimeError, match="rain"):
+        model.get_mixture_probabilities()
+
+
+@pytest.mark.parametrize(
+    ("indices", "error", "message"),
+    [
+        ([0, 90], IndexError, "indices go from 0 to 90; the AnnData has 90 cells"),
+        ([-91], IndexError, "indices go from -91"),
+        (np.ones(5, bool), ValueError, r"indices is a mask of shape \(5,\); the AnnData has 90 cells"),
+        (["cell1"], TypeError, "row numbers.*or a boolean mask; for names"),
+        ([[1, 2]], TypeError, "row numbers"),
+        ([0.5], TypeError, "row numbers"),
+    ],
+    ids=["high", "low", "mask", "names", "nested", "floats"],
+)
+@pytest.mark.parametrize("method", ["get_latent_representation", "get_normalized_expression", "get_elbo"])
+def test_indices_that_do_not_fit(model, method, indices, error, message):
+    with pytest.raises(error, match=message):
+        getattr(model, method)(indices=indices)
+
+
+def test_a_loader_of_ones_own(model):
+    loader = model._make_data_loader(model.adata, indices=ROWS)
+    np.testing.assert_array_equal(
+        model.get_latent_representation(dataloader=loader), model.get_latent_representation(indices=ROWS)
+    )
+    with pytest.raises(ValueError, match="Pass either `dataloader` or"):
+        model.get_latent_representation(indices=ROWS, dataloader=loader)
+
+
+def test_the_summary_tells_sizes(model, capsys):
+    repr(model)
+    shown = " ".join(capsys.readouterr().out.split())
+    for part in ("30 genes", "n_hidden: 16", "n_layers: 2", "n_latent: 4", "encoder: flow", "90 cells in 4 samples"):
+        assert part in shown
+    assert "Trained" in shown
+
+
+def test_the_setup_is_shown(model, capsys):
+    model.view_anndata_setup()
+    shown = capsys.readouterr().out
+    for part in ("batch1", "drop", "sample3", "adata.X"):
+        assert part in shown
