@@ -54,9 +54,7 @@ def test_loading_does_not_depend_on_the_new_data(model, saved, make_tissues):
     other = make_tissues(25, 30, spatial=True, seed=9)
     other.X = other.X * 7
     again = CellPLM.load(saved, adata=other, accelerator="cpu")
-    np.testing.assert_array_equal(
-        again.get_latent_representation(other), model.get_latent_representation(other.copy())
-    )
+    np.testing.assert_array_equal(again.get_latent_representation(other), model.get_latent_representation(other.copy()))
 
 
 def test_new_samples_are_embedded_without_a_word(model, make_tissues):
@@ -96,7 +94,9 @@ def test_few_genes_are_called_few(model):
 def test_no_shared_gene_is_an_error(model):
     other = model.adata.copy()
     other.var_names = [f"ENSG{i:08}" for i in range(other.n_vars)]
-    with pytest.raises(ValueError, match=r"None of the model's 30 genes \(such as \"gene0\".*\"ENSG00000000\".*identifiers"):
+    with pytest.raises(
+        ValueError, match=r"None of the model's 30 genes \(such as \"gene0\".*\"ENSG00000000\".*identifiers"
+    ):
         model.get_latent_representation(other)
 
 
@@ -104,7 +104,9 @@ def test_no_shared_gene_is_an_error(model):
 def test_unseen_categories_get_the_mean_code(model, key):
     other = model.adata.copy()
     other.obs[key] = np.where(np.arange(other.n_obs) < 10, "unseen", other.obs[key].astype(str))
-    with pytest.warns(UserWarning, match=rf'obs\["{key}"\] has 1 category that the model has not seen \("unseen"\): 10 cells'):
+    with pytest.warns(
+        UserWarning, match=rf'obs\["{key}"\] has 1 category that the model has not seen \("unseen"\): 10 cells'
+    ):
         expression = model.get_normalized_expression(other)
     known = model.get_normalized_expression()
     np.testing.assert_allclose(expression[10:], known[10:], rtol=1e-4)
@@ -134,7 +136,9 @@ def test_missing_columns_are_no_matter_at_the_second_call(model):
     first = model.get_latent_representation(other)
     np.testing.assert_array_equal(model.get_latent_representation(other), first)
     assert model.get_normalized_expression(other).shape == other.shape
-    assert model.differential_expression(other, groupby="cell_type", group1="type0", silent=True).shape[0] == other.n_vars
+    assert (
+        model.differential_expression(other, groupby="cell_type", group1="type0", silent=True).shape[0] == other.n_vars
+    )
 
 
 def test_a_missing_sample_column_is_one_sample(model):

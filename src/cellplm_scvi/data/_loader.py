@@ -111,20 +111,19 @@ class CellDataset(Dataset):
             arrays |= {"qz_mean": mean[rows], "qz_variance": variance[rows]}
         if request.lengths is not None:
             arrays["lengths"] = request.lengths
-            arrays |= self._positions(rows, counts)
+            # without context cells, no row occurs twice and contexts may look into each other
+            arrays |= self._positions(rows, counts, None if request.target is None else request.lengths)
         if request.target is not None:
             arrays["target"] = request.target
         return {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}  # type: ignore[return-value]
 
-    def _positions(self, rows: np.ndarray, counts: sp.csr_matrix) -> dict[str, np.ndarray]:
+    def _positions(self, rows: np.ndarray, counts: sp.csr_matrix, lengths: np.ndarray | None) -> dict[str, np.ndarray]:
         arrays: dict[str, np.ndarray] = {}
         if self.scaled is not None:
             arrays["coordinates"] = self.scaled[rows]
         if self.nearest is None:
             return arrays
-        place = np.full(self.table.n_cells + 1, -1, dtype=np.int64)  # the last stands for "no neighbour"
-        place[rows] = np.arange(rows.shape[0])
-        neighbours = place[self.nearest.index[rows]]
+        neighbours = self._places(rows, lengths)
         arrays["neighbours"] = neighbours[:, : self.spatial.n_neighbours]
         arrays["distances"] = self.nearest.distance[rows][:, : self.spatial.n_neighbours]
         if self.spatial.n_niche:
@@ -135,6 +134,19 @@ class CellDataset(Dataset):
             )
             arrays |= _csr("niche_", adjacency @ counts)
         return arrays
+
+    def _places(self, rows: np.ndarray, lengths: np.ndarray | None) -> np.ndarray:
+        """Where in the minibatch (with ``lengths``: in the same context) the nearest cells lie, (n_cells, k), -1: not."""
+        assert self.nearest is not None
+        index = self.nearest.index[rows]
+        place = np.full(self.table.n_cells + 1, -1, dtype=np.int64)  # the last stands for "no neighbour"
+        neighbours = np.empty_like(index)
+        ends = np.cumsum([rows.shape[0]] if lengths is None else lengths)
+        for start, end in zip(np.concatenate([[0], ends[:-1]]), ends, strict=True):
+            place[rows[start:end]] = np.arange(start, end)
+            neighbours[start:end] = place[index[start:end]]
+            place[rows[start:end]] = -1
+        return neighbours
 
 
 def _csr(prefix: str, counts: sp.csr_matrix) -> dict[str, np.ndarray]:
@@ -241,6 +253,8 @@ class CellLoader(DataLoader):
     """Loads minibatches of one of the samplers."""
 
     def __init__(self, dataset: CellDataset, sampler: MinibatchSampler, **kwargs: Any):
+        # the default generator is the user's: computing a result must not move it
+        kwargs.setdefault("generator", torch.Generator())
         kwargs.setdefault("num_workers", settings.dl_num_workers)
         kwargs.setdefault("persistent_workers", settings.dl_persistent_workers and kwargs["num_workers"] > 0)
         super().__init__(dataset, sampler=sampler, batch_size=None, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -156,19 +157,24 @@ class CellTable:
     @cached_property
     def totals(self) -> np.ndarray:
         """Counts of each cell over the model's genes, (n_cells,)."""
-        return self.statistics[0]
+        chunks = (self.counts[rows].sum(1, dtype=np.float64).A1 for rows in self._row_chunks())
+        return np.concatenate(list(chunks))
 
-    @cached_property
-    def statistics(self) -> tuple[np.ndarray, np.ndarray]:
-        """Total of each cell (n_cells,) and of each gene (n_genes,)."""
-        totals = np.zeros(self.n_cells)
-        genes = np.zeros(self.counts.n_genes)
+    def gene_totals(self, covariate: str) -> np.ndarray:
+        """Counts of each gene in each category of a covariate, (n_categories, n_genes)."""
+        codes = self.covariates[covariate]
+        totals = np.zeros((int(codes.max()) + 1, self.counts.n_genes))
+        for rows in self._row_chunks():
+            member = sp.csr_matrix(
+                (np.ones(rows.shape[0]), (codes[rows], np.arange(rows.shape[0]))),
+                shape=(totals.shape[0], rows.shape[0]),
+            )
+            totals += (member @ self.counts[rows]).toarray()
+        return totals
+
+    def _row_chunks(self) -> Iterator[np.ndarray]:
         for start in range(0, self.n_cells, CHUNK_ROWS):
-            rows = np.arange(start, min(start + CHUNK_ROWS, self.n_cells))
-            part = self.counts[rows]
-            totals[rows] = part.sum(1, dtype=np.float64).A1
-            genes += part.sum(0, dtype=np.float64).A1
-        return totals, genes
+            yield np.arange(start, min(start + CHUNK_ROWS, self.n_cells))
 
 
 def _holder(manager: AnnDataManager, key: str) -> AnnData:

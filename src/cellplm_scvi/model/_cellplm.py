@@ -116,9 +116,7 @@ class CellPLM(EmbeddingMixin, ExpressionMixin, TrainingMixin, BaseModelClass):
         sizes |= {"n_components": n_components, "n_decoder_layers": n_decoder_layers, "max_context": max_context}
         check_sizes(**sizes)
         categories = {name: states[name][CovariateField.N_KNOWN_KEY] for name in c.COVARIATES if name in states}
-        target_sum, gene_shares = 1e4, None
-        if adata is not None:
-            target_sum, gene_shares = self._from_counts()
+        target_sum, gene_shares, fold_changes = self._from_counts() if adata is not None else (1e4, None, None)
         n_dims = states[c.COORDINATES_KEY]["n_dims"] if c.COORDINATES_KEY in states else 0
         self._n_niche = n_niche if n_dims and position == "local" and niche_weight > 0 else 0
         self.module = self._module_cls(
@@ -141,6 +139,7 @@ class CellPLM(EmbeddingMixin, ExpressionMixin, TrainingMixin, BaseModelClass):
             masking=GeneMasking() if masking else None,
             target_sum=target_sum if input_normalization == "library" else None,
             gene_shares=gene_shares,
+            batch_fold_changes=fold_changes,
             rest=c.SIZE_FACTOR_KEY in states,
             max_context=max_context,
         )
@@ -154,17 +153,21 @@ class CellPLM(EmbeddingMixin, ExpressionMixin, TrainingMixin, BaseModelClass):
         )
         self.init_params_ = self._get_init_params(locals())
 
-    def _from_counts(self) -> tuple[float, torch.Tensor]:
-        """Median library size, and share of each gene in all counts; warns of cells without counts."""
+    def _from_counts(self) -> tuple[float, torch.Tensor, torch.Tensor | None]:
+        """Median library size, share of each gene in all counts, and log fold changes of each batch from them."""
         table = CellTable.from_manager(self.adata_manager)
-        totals, genes = table.statistics
-        check_totals(table, totals)
-        library = totals if table.size_factor is None else table.size_factor
-        some_counts = library[totals > 0]
-        shares = torch.from_numpy((genes + 0.1) / (genes.sum() + 0.1 * genes.shape[0])).float()
-        if table.size_factor is not None and totals.sum() > 0:
-            shares = shares * float(totals.sum() / max(table.size_factor.sum(dtype=float), totals.sum()))
-        return float(np.median(some_counts)), shares
+        check_totals(table)
+        library = table.totals if table.size_factor is None else table.size_factor
+        by_batch = table.gene_totals(c.BATCH_KEY)
+        shares = smoothed_shares(by_batch.sum(0))
+        fold_changes = np.log(smoothed_shares(by_batch) / shares)
+        # Of the library, these genes may hold a part only.
+        shares = shares * min(1.0, table.totals.sum() / library.sum(dtype=np.float64))
+        return (
+            float(np.median(library[table.totals > 0])),
+            torch.from_numpy(shares).float(),
+            torch.from_numpy(fold_changes).float(),
+        )
 
     @property
     def _spatial_inputs(self) -> SpatialInputs:
@@ -328,8 +331,15 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name}={size} must be a positive whole number.")
 
 
-def check_totals(table: CellTable, totals: np.ndarray) -> None:
+def smoothed_shares(totals: np.ndarray, pseudocount: float = 0.1) -> np.ndarray:
+    """Share of each gene in the counts, (..., n_genes), none of them zero."""
+    counts = totals + pseudocount
+    return counts / counts.sum(-1, keepdims=True)
+
+
+def check_totals(table: CellTable) -> None:
     """Warn of cells without counts; raise if a library size is smaller than the counts it should hold."""
+    totals = table.totals
     empty = totals == 0
     if empty.all():
         raise ValueError("No cell has any count.")

@@ -176,21 +176,95 @@ class ExpressionMixin(RNASeqMixin, VAEMixin):
         with self._encoded_once(adata), fixed_numpy_draws():  # type: ignore[attr-defined]
             return super().differential_expression(adata, *args, **kwargs)
 
-    def posterior_predictive_sample(self, *args: Any, **kwargs: Any) -> GCXS:
-        """Draw counts from p(x'|x), as in scvi-tools; rows in the order of ``indices``.
+    def posterior_predictive_sample(
+        self,
+        adata: AnnOrMuData | None = None,
+        indices: Sequence[int] | None = None,
+        transform_batch: Sequence[str | float] | str | float | None = None,
+        n_samples: int = 1,
+        gene_list: Sequence[str] | None = None,
+        batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> GCXS:
+        """Draw counts from p(x'|x), as in scvi-tools.
 
         Parameters
         ----------
-        *args, **kwargs
-            ``adata``, ``indices``, ``transform_batch``, ``n_samples``, ``gene_list``, ``batch_size``, of
-            :meth:`scvi.model.SCVI.posterior_predictive_sample`.
+        adata, indices, transform_batch, gene_list, batch_size
+            As in :meth:`get_normalized_expression`.
+        n_samples
+            Number of draws.
+        **kwargs
+            Of :meth:`scvi.model.SCVI.posterior_predictive_sample`.
 
         Returns
         -------
-        Sparse array (n_cells, n_genes), or (n_cells, n_genes, n_samples) for more than one sample.
+        Sparse array (n_cells, n_genes), or (n_cells, n_genes, n_samples) for more than one sample; rows in the order of
+        ``indices``, genes in the order of ``adata.var_names``.
         """
+        if kwargs.get("dataloader") is not None:
+            with fixed_draws():
+                return super().posterior_predictive_sample(
+                    adata, indices, transform_batch, n_samples, gene_list, batch_size, **kwargs
+                )
+        adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
+        genes, _ = self._genes(self.get_anndata_manager(adata, required=True), gene_list)  # type: ignore[attr-defined]
         with fixed_draws():
-            return super().posterior_predictive_sample(*args, **kwargs)
+            drawn = super().posterior_predictive_sample(
+                adata, indices, transform_batch, n_samples, None, batch_size, **kwargs
+            )
+        return drawn[:, genes]
+
+    @torch.inference_mode()
+    def _get_denoised_samples(
+        self,
+        adata: AnnOrMuData | None = None,
+        indices: Sequence[int] | None = None,
+        n_samples: int = 25,
+        batch_size: int = 64,
+        rna_size_factor: float = 1000,
+        transform_batch: int | None = None,
+        **_: Any,
+    ) -> np.ndarray:
+        """Rates drawn from the posterior predictive's Gamma, for :meth:`get_feature_correlation_matrix`.
+
+        Returns
+        -------
+        (n_cells, n_genes), or (n_cells, n_genes, n_samples) for more than one sample.
+        """
+        adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
+        genes, _names = self._genes(self.get_anndata_manager(adata, required=True), None)  # type: ignore[attr-defined]
+        draws = []
+        with fixed_draws():
+            for tensors in self._make_data_loader(adata, indices, batch_size):  # type: ignore[attr-defined]
+                inference = self.module.inference(tensors, n_samples=n_samples)
+                inputs = self.module._get_generative_input(tensors, inference)
+                px = self.module.generative(**inputs, transform_batch=transform_batch)["px"]
+                rate = (rna_size_factor * px.scale).clamp_min(1e-12)
+                draws.append(torch.distributions.Gamma(px.theta, px.theta / rate).sample()[..., genes].cpu().numpy())
+        drawn = np.concatenate(draws, axis=-2)
+        return drawn if n_samples == 1 else drawn.transpose(1, 2, 0)
+
+    def get_likelihood_parameters(
+        self, adata: AnnOrMuData | None = None, *args: Any, **kwargs: Any
+    ) -> dict[str, np.ndarray]:
+        """Mean and inverse dispersion of the counts' negative binomial, as in scvi-tools.
+
+        Parameters
+        ----------
+        adata, *args, **kwargs
+            ``adata``, ``indices``, ``n_samples``, ``give_mean``, ``batch_size``, of
+            :meth:`scvi.model.SCVI.get_likelihood_parameters`.
+
+        Returns
+        -------
+        ``{"mean": (n_cells, n_genes), "dispersions": (n_cells, n_genes)}``, genes in the order of ``adata.var_names``.
+        """
+        adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
+        genes, _ = self._genes(self.get_anndata_manager(adata, required=True), None)  # type: ignore[attr-defined]
+        with fixed_draws():
+            found = super().get_likelihood_parameters(adata, *args, **kwargs)
+        return {name: values[..., genes] for name, values in found.items()}
 
     def get_elbo(self, *args: Any, **kwargs: Any) -> float:
         """Evidence lower bound of the data, the higher the better, as in scvi-tools.

@@ -57,6 +57,8 @@ class CellPLMModule(BaseModuleClass):
         Library size to which input counts are normalised before ``log1p``; ``None`` for raw counts.
     gene_shares
         Share of each gene in all counts, (n_genes,), where the decoder starts.
+    batch_fold_changes
+        Log fold changes of the genes in each batch, (n_batches, n_genes), where the decoder's batch codes start.
     rest
         Whether the library size also counts genes that are not modelled.
     max_context
@@ -84,6 +86,7 @@ class CellPLMModule(BaseModuleClass):
         masking: GeneMasking | None = None,
         target_sum: float | None = 1e4,
         gene_shares: Tensor | None = None,
+        batch_fold_changes: Tensor | None = None,
         rest: bool = False,
         max_context: int = 8192,
     ):
@@ -103,6 +106,8 @@ class CellPLMModule(BaseModuleClass):
         self.decoder = BatchAwareDecoder(
             n_latent, n_hidden, n_decoder_layers, n_genes, covariates, dropout_rate, gene_shares, rest
         )
+        if batch_fold_changes is not None and "batch" in covariates:
+            self.decoder.start_codes("batch", batch_fold_changes)
         self.niche = NicheDecoder(n_latent, n_hidden, n_genes, gene_shares) if local and niche_weight > 0 else None
         self.niche_weight = niche_weight
 

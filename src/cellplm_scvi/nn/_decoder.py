@@ -70,6 +70,29 @@ class BatchAwareDecoder(nn.Module):
         self.log_theta = nn.Parameter(torch.zeros(n_genes))
         self.rest = rest
 
+    @torch.no_grad()
+    def start_codes(self, covariate: str, fold_changes: Tensor) -> None:
+        """Let the codes of a covariate start at what its categories change in the counts of genes.
+
+        Then z does not have to explain them first and forget them later. The fold changes are factorised into codes and
+        output weights, with as many of the hidden dimensions as there are categories, up to a quarter.
+
+        Parameters
+        ----------
+        covariate
+            Its name.
+        fold_changes
+            Log fold change of each gene in each category, (n_categories, n_genes).
+        """
+        u, s, v = torch.linalg.svd(fold_changes, full_matrices=False)
+        rank = min(s.shape[0], self.weight.shape[1] // 4)
+        table = self.output_codes[covariate]
+        table.weight.zero_()
+        # The scale of the existing output weights is kept, the rest goes to the codes.
+        scale = self.weight.square().mean().sqrt() * v.shape[1] ** 0.5
+        self.weight[:, :rank] = v[:rank].T * scale
+        table.weight[:, :rank] = u[:, :rank] * s[:rank] / scale
+
     def output(self, measured: Tensor | None = None) -> GeneOutput:
         """The last layer, as the likelihood takes it; ``measured`` (n_panels, n_genes) are the genes of each panel."""
         return GeneOutput(self.weight, self.bias, self.log_theta, measured, self.rest)

@@ -1,0 +1,158 @@
+"""Attention of packed samples is that of each sample alone, and that of the formulas written out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cellplm_scvi.nn._attention import FlowAttention, LocalAttention, Neighbourhood, Packing, SoftmaxAttention
+
+lengths = st.lists(st.integers(1, 40), min_size=1, max_size=9)
+
+
+def rows(n: int, width: int = 8, seed: int = 0) -> Tensor:
+    return torch.randn(n, width, generator=torch.Generator().manual_seed(seed))
+
+
+@given(lengths)
+def test_blocks_keep_every_row_and_never_mix_samples(sizes):
+    packing = Packing(torch.tensor(sizes))
+    x = rows(sum(sizes))
+    blocks = packing.to_blocks(x)
+    assert torch.equal(packing.from_blocks(blocks), x)
+    assert torch.allclose(blocks.sum((0, 1)), x.sum(0), atol=1e-4)
+    if len(sizes) > 1:
+        sample = packing.to_blocks(packing.segment[:, None] + 1).squeeze(-1)
+        for block, owner in zip(sample, packing.block_sample, strict=True):
+            assert set(block[block > 0].tolist()) == {int(owner) + 1}
+
+
+@given(lengths)
+def test_sums_and_softmax_over_samples(sizes):
+    packing = Packing(torch.tensor(sizes))
+    x = rows(sum(sizes))
+    parts = x.split(sizes)
+    assert torch.allclose(packing.sum(x), torch.stack([part.sum(0) for part in parts]), atol=1e-4)
+    assert torch.allclose(packing.softmax(x), torch.cat([part.softmax(0) for part in parts]), atol=1e-6)
+    index, real = packing.padded()
+    assert torch.equal(x[index][real], x)
+    assert real.sum(1).tolist() == sizes
+
+
+@settings(max_examples=25)
+@given(lengths, st.sampled_from([FlowAttention, SoftmaxAttention]), st.integers(0, 1000))
+def test_packed_samples_attend_as_if_alone(sizes, kind, seed):
+    torch.manual_seed(seed)
+    attention = kind(8, 2).eval()
+    x = rows(sum(sizes), seed=seed)
+    packed = attention(x, Packing(torch.tensor(sizes)))
+    alone = torch.cat([attention(part, Packing(torch.tensor([len(part)]))) for part in x.split(sizes)])
+    assert torch.allclose(packed, alone, atol=1e-5)
+
+
+def flow_attention(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-6) -> Tensor:
+    """Flowformer (Wu et al. 2022) written out with a table of cells x cells, one head, one sample."""
+    q, k = q.sigmoid(), k.sigmoid()
+    incoming = (q + eps) @ (k.sum(0) + eps)
+    outgoing = (k + eps) @ (q.sum(0) + eps)
+    conserved_in = (q + eps) @ ((k / outgoing[:, None]).sum(0) + eps)
+    conserved_out = ((k + eps) @ ((q / incoming[:, None]).sum(0) + eps)).clamp(-1, 1)
+    competition = conserved_out.softmax(0) * len(q)
+    weights = (q / incoming[:, None]) @ k.T  # cells x cells
+    return conserved_in.sigmoid()[:, None] * (weights @ (competition[:, None] * v))
+
+
+@settings(max_examples=25)
+@given(lengths, st.integers(0, 1000))
+def test_flow_attention_is_the_formula(sizes, seed):
+    torch.manual_seed(seed)
+    attention = FlowAttention(8, 2).eval()
+    x = 2 * rows(sum(sizes), seed=seed)
+    q, k, v = attention.heads(x)
+    found = attention.attend(q, k, v, Packing(torch.tensor(sizes)))
+    for head in range(2):
+        parts = zip(*(t[:, head].split(sizes) for t in (q, k, v)), strict=True)
+        expected = torch.cat([flow_attention(*part) for part in parts])
+        assert torch.allclose(found[:, head], expected, atol=1e-5)
+
+
+@given(lengths, st.integers(0, 1000))
+def test_softmax_attention_is_the_formula(sizes, seed):
+    torch.manual_seed(seed)
+    attention = SoftmaxAttention(8, 2).eval()
+    q, k, v = attention.heads(2 * rows(sum(sizes), seed=seed))
+    found = attention.attend(q, k, v, Packing(torch.tensor(sizes)))
+    for head in range(2):
+        parts = zip(*(t[:, head].split(sizes) for t in (q, k, v)), strict=True)
+        expected = torch.cat([(a @ b.T / a.shape[1] ** 0.5).softmax(1) @ c for a, b, c in parts])
+        assert torch.allclose(found[:, head], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [FlowAttention, SoftmaxAttention])
+def test_attention_mixes_the_cells_of_a_sample_only(kind):
+    attention = kind(8, 2).eval()
+    x = rows(12).requires_grad_()
+    attention(x, Packing(torch.tensor([5, 7])))[2].sum().backward()
+    moved = x.grad.abs().sum(1)
+    assert (moved[:5] > 0).all()
+    assert (moved[5:] == 0).all()
+
+
+@pytest.mark.parametrize("kind", [FlowAttention, SoftmaxAttention])
+def test_heads_must_divide_the_width(kind):
+    with pytest.raises(ValueError, match=r"n_hidden \(10\) must be a multiple of n_heads \(4\)"):
+        kind(10, 4)
+
+
+def neighbourhood(n: int, k: int, seed: int) -> Neighbourhood:
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(-1, n, (n, k), generator=generator)
+    return Neighbourhood(index, torch.rand(n, k, generator=generator) * 3)
+
+
+@given(st.integers(1, 20), st.integers(1, 6), st.integers(0, 1000))
+def test_local_attention_is_the_formula(n, k, seed):
+    torch.manual_seed(seed)
+    attention = LocalAttention(8, 2).eval()
+    x, near = rows(n, seed=seed), neighbourhood(n, k, seed)
+    found = attention(x, near)
+    q, keys, v = attention.heads(x)
+    mixed = torch.zeros(n, 2, 4)
+    for cell in range(n):
+        present = near.index[cell] >= 0
+        others, far = near.index[cell][present], near.distance[cell][present]
+        if len(others):
+            for head in range(2):
+                logits = keys[others, head] @ q[cell, head] / 2 - far * attention.log_slope[head].exp()
+                mixed[cell, head] = logits.softmax(0) @ v[others, head]
+    assert torch.allclose(found, attention.out(mixed.flatten(1)), atol=1e-5)
+
+
+@given(st.integers(2, 20), st.integers(1, 6), st.integers(0, 1000))
+def test_local_attention_does_not_depend_on_the_order_of_neighbours_or_absent_ones(n, k, seed):
+    torch.manual_seed(seed)
+    attention = LocalAttention(8, 2).eval()
+    x, near = rows(n, seed=seed), neighbourhood(n, k, seed)
+    order = torch.randperm(k)
+    shuffled = Neighbourhood(near.index[:, order], near.distance[:, order])
+    assert torch.allclose(attention(x, shuffled), attention(x, near), atol=1e-5)
+    padded = Neighbourhood(
+        torch.cat([near.index, torch.full((n, 3), -1)], 1), torch.cat([near.distance, torch.rand(n, 3)], 1)
+    )
+    assert torch.allclose(attention(x, padded), attention(x, near), atol=1e-5)
+    far = Neighbourhood(near.index, near.distance + 1.7)  # a common distance cancels
+    assert torch.allclose(attention(x, far), attention(x, near), atol=1e-4)
+
+
+def test_local_attention_prefers_near_cells():
+    attention = LocalAttention(8, 1).eval()
+    with torch.no_grad():
+        attention.qkv.weight[:16] = 0
+        attention.qkv.bias[:16] = 0
+    x = rows(3)
+    _, _, v = attention.heads(x)
+    near = Neighbourhood(torch.tensor([[1, 2]] * 3), torch.tensor([[0.0, 50.0]] * 3))
+    assert torch.allclose(attention(x, near)[0], attention.out(v[1].flatten()), atol=1e-5)
