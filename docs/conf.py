@@ -96,7 +96,12 @@ third_party = (
     # the standard library
     *("abc", "collections", "os", "pathlib", "types", "typing"),
 )
-nitpick_ignore_regex = [(r"py:.*", rf"({'|'.join(third_party)})(\..*)?")]
+# types of this package that annotate public methods, but are not part of the public interface
+internal = ("_typing", "module", r"data\.SampleSplitter")
+nitpick_ignore_regex = [
+    (r"py:.*", rf"({'|'.join(third_party)})(\..*)?"),
+    (r"py:.*", rf"cellplm_scvi\.({'|'.join(internal)})(\..*)?"),
+]
 
 # scvi-tools annotates get_aggregated_posterior with a name that only type checkers can resolve
 suppress_warnings = ["sphinx_autodoc_typehints.forward_reference"]

@@ -164,14 +164,6 @@ def test_bad_new_data_are_refused(model):
         model.get_latent_representation(other)
 
 
-def test_counts_that_were_changed_after_set_up_are_checked(model):
-    other = model.adata.copy()
-    model.get_latent_representation(other)
-    other.X = np.log1p(other.X.toarray())
-    with pytest.raises(ValueError, match="log-normalised"):
-        model.get_latent_representation(other)
-
-
 def test_coordinates_of_another_dimension(spatial_model, make_tissues):
     other = make_tissues(30, 30, spatial=True, n_dims=3)
     with pytest.raises(ValueError, match=r'obsm\["spatial"\] has 3 columns; the model was set up with 2'):

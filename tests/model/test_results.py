@@ -199,7 +199,7 @@ def planted(make_tissues, build, train) -> CellPLM:
     marked = (adata.obs["cell_type"] == "type0").to_numpy()
     x[:, 11] = np.random.default_rng(0).poisson(np.where(marked, 40, 1))
     adata.X = x
-    return train(build(adata), max_epochs=25, plan_kwargs={"lr": 1e-2})
+    return train(build(adata), max_epochs=40, plan_kwargs={"lr": 3e-3})
 
 
 @pytest.mark.parametrize("batch_correction", [False, True])

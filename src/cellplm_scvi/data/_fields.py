@@ -263,6 +263,8 @@ class MeasuredGenesField(BaseAnnDataField):
             raise TypeError(
                 f'varm["{self.attr_key}"] must hold True and False only; found {set(map(str, table.dtypes))}.'
             )
+        if self.dataset_key not in adata.obs:  # of a MuData, in another place: see `CellTable`
+            return
         categories = adata.obs[self.dataset_key].astype(str).unique()
         absent = [name for name in categories if name not in table.columns.astype(str)]
         if absent:
@@ -324,6 +326,9 @@ def make_fields(
     if measured_genes_key is not None and dataset_key is None:
         raise ValueError("measured_genes_key says which genes each data set measured: pass dataset_key too.")
     mu = modalities is not None
+
+    if modalities is not None:  # the table has a row a gene
+        modalities = {**modalities, "measured_genes_key": modalities["rna_layer"]}
 
     def field(single: type, multi: type, argument: str, *args: Any, **kwargs: Any) -> BaseAnnDataField:
         return multi(*args, mod_key=modalities.get(argument), **kwargs) if mu else single(*args, **kwargs)

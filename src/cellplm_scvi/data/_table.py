@@ -16,7 +16,7 @@ from anndata import AnnData
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import CSCDataset, CSRDataset
 
-from ._checks import CHUNK_ROWS
+from ._checks import CHUNK_ROWS, some
 
 if TYPE_CHECKING:
     from scvi.data import AnnDataManager
@@ -199,6 +199,10 @@ def _panels(
     field_state = manager.get_state_registry(c.DATASET_KEY)
     names = _holder(manager, c.DATASET_KEY).obs[field_state.original_key].astype(str)
     panel, used = pd.factorize(names)
+    absent = [name for name in used if name not in table]
+    if absent:
+        key = registry[c.MEASURED_GENES_KEY].attr_key
+        raise ValueError(f'varm["{key}"] has no column for the data set{"s" * (len(absent) > 1)} {some(absent)}.')
     measured = np.zeros((len(used), len(genes)), dtype=bool)
     known = columns >= 0
     measured[:, columns[known]] = table[used].to_numpy().T[:, known]

@@ -98,7 +98,7 @@ class CellPLM(EmbeddingMixin, ExpressionMixin, TrainingMixin, BaseModelClass):
         n_decoder_layers: int = 1,
         n_neighbours: int = 32,
         n_niche: int = 16,
-        niche_weight: float = 1.0,
+        niche_weight: float = 0.2,
         masking: bool = True,
         input_normalization: str = "library",
         max_context: int = 8192,

@@ -29,10 +29,9 @@ def default_batch_size(n_cells: int, *, spatial: bool) -> int:
 
 
 def default_max_epochs(n_cells: int, n_batches: int) -> int:
-    """Epochs: about 8,000 optimiser steps for small data, fewer passes over large data, at least one."""
-    by_steps = math.ceil(8_000 / max(n_batches, 1))
-    by_cells = math.ceil(400 * 20_000 / max(n_cells, 1))
-    return max(1, min(by_steps, by_cells, 400))
+    """Epochs: 2,400 optimiser steps up to 10,000 cells, from there growing with the square root; at most 400."""
+    n_steps = 2_400 * max(1.0, n_cells / 10_000) ** 0.5
+    return max(1, min(400, math.ceil(n_steps / max(n_batches, 1))))
 
 
 def default_inference_batch_size(n_hidden: int) -> int:

@@ -25,6 +25,14 @@ if TYPE_CHECKING:
 Moments = tuple[np.ndarray, np.ndarray]
 
 
+@contextmanager
+def fixed_draws() -> Iterator[None]:
+    """Draw the same random numbers at each call, and leave the global generator as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed or 0)
+        yield
+
+
 class EmbeddingMixin:
     """Embeds cells in the company of their sample.
 
@@ -78,11 +86,12 @@ class EmbeddingMixin:
             batch_size=batch_size or default_inference_batch_size(self.module.n_hidden),
             max_context=self.module.max_context,
         )
-        for request, tensors in zip(loader.sampler, loader, strict=True):
-            outputs = self.module.inference(tensors)
-            found = request.rows if request.target is None else request.rows[request.target]
-            mean[found] = outputs["qzm"].float().cpu().numpy()
-            variance[found] = outputs["qzv"].float().cpu().numpy()
+        with fixed_draws():
+            for request, tensors in zip(loader.sampler, loader, strict=True):
+                outputs = self.module.inference(tensors)
+                found = request.rows if request.target is None else request.rows[request.target]
+                mean[found] = outputs["qzm"].float().cpu().numpy()
+                variance[found] = outputs["qzv"].float().cpu().numpy()
         return mean, variance
 
     @contextmanager
@@ -171,7 +180,8 @@ class EmbeddingMixin:
 
     def _moments_of(self, dataloader: Iterable[Minibatch]) -> Moments:
         self.module.eval()
-        outputs = [self.module.inference(tensors) for tensors in dataloader]
+        with fixed_draws():
+            outputs = [self.module.inference(tensors) for tensors in dataloader]
         mean, variance = (torch.cat([o[key].float().cpu() for o in outputs]).numpy() for key in ("qzm", "qzv"))
         return mean, variance
 

@@ -17,19 +17,12 @@ from torch import Tensor
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import AnnOrMuData, batch_codes
 from cellplm_scvi.data._checks import some
+from cellplm_scvi.model._embedding import fixed_draws
 
 if TYPE_CHECKING:
     from sparse import GCXS
 
     from cellplm_scvi.module import CellPLMModule
-
-
-@contextmanager
-def fixed_draws() -> Iterator[None]:
-    """Draw the same random numbers at each call, and leave the global generator as it was."""
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed or 0)
-        yield
 
 
 class ExpressionMixin(RNASeqMixin, VAEMixin):

@@ -76,7 +76,7 @@ class Packing:
         """Inverse of :meth:`to_blocks`."""
         if self.n_samples == 1:
             return blocks[0]
-        return blocks.flatten(0, 1)[self._slots[0]]
+        return blocks.flatten(0, 1).index_select(0, self._slots[0])
 
     def sum(self, rows: Tensor) -> Tensor:
         """Sum over the cells of each sample, (n_cells, ...) -> (n_samples, ...), in float32."""
@@ -88,7 +88,7 @@ class Packing:
     def softmax(self, rows: Tensor) -> Tensor:
         """Softmax over the cells of each sample, of values of bounded size, (n_cells, ...), in float32."""
         exp = rows.float().exp()
-        return exp / self.sum(exp)[self.segment]
+        return exp / self.sum(exp).index_select(0, self.segment)
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """Rows of each sample side by side: index (n_samples, longest) into the rows, and which are real."""
@@ -121,7 +121,9 @@ class Neighbourhood:
 
     def gather(self, rows: Tensor) -> Tensor:
         """Rows of the neighbours, (n_cells, ...) -> (n_cells, k, ...); row 0 where there is no neighbour."""
-        return rows[self.index.clamp_min(0)]
+        # The backward pass of index_select adds whole rows; that of rows[index] adds single numbers, far slower.
+        picked = rows.index_select(0, self.index.clamp_min(0).flatten())
+        return picked.view(*self.index.shape, *rows.shape[1:])
 
 
 class Attention(nn.Module, ABC):
@@ -177,7 +179,7 @@ class FlowAttention(GlobalAttention):
         one_sample = packing.n_samples == 1
 
         def spread(per_sample: Tensor) -> Tensor:
-            return per_sample if one_sample else per_sample[segment]
+            return per_sample if one_sample else per_sample.index_select(0, segment)
 
         incoming = ((q + EPS) * (spread(packing.sum(k)) + EPS)).sum(-1, keepdim=True)
         outgoing = ((k + EPS) * (spread(packing.sum(q)) + EPS)).sum(-1, keepdim=True)
@@ -194,7 +196,8 @@ class FlowAttention(GlobalAttention):
         products = k.transpose(-1, -2) @ v  # (n_blocks, n_heads, d_head, d_head)
         if packing.n_samples > 1:
             per_sample = products.new_zeros(packing.n_samples, *products.shape[1:])
-            products = per_sample.index_add(0, packing.block_sample, products)[packing.block_sample]
+            products = per_sample.index_add(0, packing.block_sample, products)
+            products = products.index_select(0, packing.block_sample)
         return packing.from_blocks((q @ products).transpose(1, 2))
 
 
@@ -206,10 +209,9 @@ class SoftmaxAttention(GlobalAttention):
             mixed = F.scaled_dot_product_attention(*(t.transpose(0, 1)[None] for t in (q, k, v)))
             return mixed[0].transpose(0, 1)
         index, real = packing.padded()
-        mixed = F.scaled_dot_product_attention(
-            *(t[index].transpose(1, 2) for t in (q, k, v)), attn_mask=real[:, None, None, :]
-        )
-        return mixed.transpose(1, 2)[real]
+        padded = (t.index_select(0, index.flatten()).view(*index.shape, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))
+        mixed = F.scaled_dot_product_attention(*padded, attn_mask=real[:, None, None, :])
+        return mixed.transpose(1, 2).flatten(0, 1).index_select(0, real.flatten().nonzero()[:, 0])
 
 
 class LocalAttention(Attention):
@@ -229,10 +231,10 @@ class LocalAttention(Attention):
         """(n_cells, n_hidden) -> (n_cells, n_hidden)."""
         q, k, v = self.heads(x)
         k, v = neighbourhood.gather(k), neighbourhood.gather(v)  # (n_cells, k, n_heads, d_head)
-        logits = torch.einsum("nhd,nkhd->nkh", q, k).float() / q.shape[-1] ** 0.5
+        logits = (q[:, None] * k).sum(-1).float() / q.shape[-1] ** 0.5
         logits = logits - neighbourhood.distance[..., None] * self.log_slope.exp()
         present = neighbourhood.present[..., None]
         # A finite fill keeps rows without any neighbour free of NaN; the product with `present` makes them zero.
         weights = logits.masked_fill(~present, -1e4).softmax(1) * present
-        mixed = torch.einsum("nkh,nkhd->nhd", weights.to(v.dtype), v)
+        mixed = (weights.to(v.dtype)[..., None] * v).sum(1)
         return self.dropped(self.out(mixed.flatten(1)))

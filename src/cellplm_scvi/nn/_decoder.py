@@ -23,7 +23,7 @@ class CovariateCodes(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         """(n_cells,) -> (n_cells, n_hidden)."""
         known = (codes >= 0) & (codes < self.weight.shape[0])
-        learned = self.weight[codes.clamp(0, self.weight.shape[0] - 1)]
+        learned = self.weight.index_select(0, codes.clamp(0, self.weight.shape[0] - 1))
         return torch.where(known[:, None], learned, self.weight.mean(0))
 
 

@@ -42,7 +42,6 @@ class EncoderLayer(nn.Module):
         self.feed_forward = nn.Sequential(
             nn.Linear(n_hidden, 2 * n_hidden),
             nn.GELU(),
-            nn.Dropout(dropout_rate),
             nn.Linear(2 * n_hidden, n_hidden),
             nn.Dropout(dropout_rate),
         )

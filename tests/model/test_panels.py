@@ -1,0 +1,174 @@
+"""Gene panels, true library sizes, and MuData."""
+
+from __future__ import annotations
+
+import mudata
+import numpy as np
+import pandas as pd
+import pytest
+import scvi
+from anndata import AnnData
+
+from cellplm_scvi import CellPLM
+
+TINY = {"n_hidden": 16, "n_layers": 1, "n_heads": 2, "n_latent": 4, "n_components": 3}
+
+
+@pytest.fixture
+def with_panels(tissues) -> AnnData:
+    """Study "two" did not measure the last ten genes, and has zeros there."""
+    table = pd.DataFrame({"one": True, "two": np.arange(tissues.n_vars) < 20}, index=tissues.var_names)
+    tissues.varm["panel"] = table
+    x = tissues.X.toarray()
+    x[np.ix_((tissues.obs["study"] == "two").to_numpy(), np.arange(20, 30))] = 0
+    tissues.X = x
+    return tissues
+
+
+PANEL = {"measured_genes_key": "panel"}
+
+
+def test_expression_of_genes_that_were_not_measured_is_nan(with_panels, build, train):
+    model = train(build(with_panels, PANEL))
+    expression = model.get_normalized_expression()
+    two = (with_panels.obs["study"] == "two").to_numpy()
+    assert expression[two].iloc[:, 20:].isna().all(axis=None)
+    assert expression[two].iloc[:, :20].notna().all(axis=None)
+    assert expression[~two].notna().all(axis=None)
+    np.testing.assert_allclose(expression.sum(1), 1.0, rtol=1e-4)
+    assert np.isfinite(model.get_elbo())
+
+
+def test_counts_outside_of_the_panel_change_nothing(with_panels, build, train):
+    model = train(build(with_panels, PANEL))
+    spoilt = model.adata.copy()
+    x = spoilt.X.copy()
+    x[np.ix_((spoilt.obs["study"] == "two").to_numpy(), np.arange(20, 30))] = 9
+    spoilt.X = x
+    np.testing.assert_allclose(model.get_latent_representation(spoilt), model.get_latent_representation(), atol=1e-6)
+    np.testing.assert_allclose(model.get_elbo(spoilt, return_mean=False), model.get_elbo(return_mean=False), rtol=1e-5)
+    scvi.settings.seed = 0
+    trained = train(build(spoilt, PANEL))
+    for ours, theirs in zip(trained.module.parameters(), model.module.parameters(), strict=True):
+        np.testing.assert_allclose(ours.detach(), theirs.detach(), atol=1e-5)
+
+
+def test_panels_of_new_data(with_panels, build, train):
+    model = train(build(with_panels, PANEL))
+    without = model.adata.copy()
+    del without.varm["panel"]
+    assert model.get_normalized_expression(without).notna().all(axis=None)
+    assert np.isfinite(model.get_elbo(without))
+    third = model.adata.copy()
+    third.obs["study"] = "three"
+    with pytest.raises(ValueError, match='no column for the data set "three"'):
+        model.get_latent_representation(third)
+
+
+def test_panels_survive_saving(with_panels, build, train, clone):
+    model = train(build(with_panels, PANEL))
+    again = clone(model)
+    pd.testing.assert_frame_equal(again.get_normalized_expression(), model.get_normalized_expression())
+
+
+def test_the_true_library_size_reaches_the_model(tissues, build, train):
+    total = np.asarray(tissues.X.sum(1)).ravel()
+    tissues.obs["total"] = total * 4
+    model = train(build(tissues, {"size_factor_key": "total"}), max_epochs=10, plan_kwargs={"lr": 5e-3})
+    np.testing.assert_allclose(model.get_latent_library_size(), total * 4)
+    # the modelled genes are a quarter of the library, and the others are not squeezed into them
+    share = model.get_normalized_expression().sum(1)
+    assert (share < 0.6).all()
+    counts = model.get_normalized_expression(library_size="latent").sum(1)
+    assert np.corrcoef(counts, total)[0, 1] > 0.9
+    assert np.median(counts / total) == pytest.approx(1.0, rel=0.3)
+
+
+def test_a_library_size_that_new_data_lack(tissues, build, train):
+    tissues.obs["total"] = np.asarray(tissues.X.sum(1)).ravel() * 4
+    model = train(build(tissues, {"size_factor_key": "total"}))
+    other = model.adata.copy()
+    del other.obs["total"]
+    with pytest.raises(KeyError, match='size_factor_key="total" is not a column'):
+        model.get_latent_representation(other)
+
+
+@pytest.fixture
+def multimodal(make_tissues) -> mudata.MuData:
+    """RNA with positions and batches in its own obs, protein beside it, samples in the shared obs."""
+    rna = make_tissues(spatial=True)
+    protein = AnnData(np.ones((rna.n_obs, 3), np.float32), obs=rna.obs[[]].copy())
+    protein.var_names = ["p0", "p1", "p2"]
+    shared = rna.obs["sample"].copy()
+    del rna.obs["sample"]
+    data = mudata.MuData({"rna": rna, "adt": protein})
+    data.obs["sample"] = shared
+    data.obs["cell_type"] = rna.obs["cell_type"]
+    return data
+
+
+MODALITIES = {"rna_layer": "rna", "batch_key": "rna", "spatial_key": "rna"}
+KEYS = {"batch_key": "batch", "sample_key": "sample", "spatial_key": "spatial"}
+
+
+@pytest.fixture
+def multimodal_model(multimodal, train) -> CellPLM:
+    CellPLM.setup_mudata(multimodal, **KEYS, modalities=MODALITIES)
+    return train(CellPLM(multimodal, **TINY))
+
+
+def test_mudata_give_the_numbers_of_their_rna(multimodal_model, train):
+    mdata = multimodal_model.adata
+    adata = mdata["rna"].copy()
+    adata.obs["sample"] = mdata.obs["sample"]
+    CellPLM.setup_anndata(adata, **KEYS)
+    from_rna = CellPLM(adata, **TINY)
+    from_rna.module.load_state_dict(multimodal_model.module.state_dict())
+    from_rna.is_trained_ = True
+    np.testing.assert_allclose(
+        from_rna.get_latent_representation(), multimodal_model.get_latent_representation(), atol=1e-6
+    )
+
+
+def test_mudata_results(multimodal_model):
+    mdata = multimodal_model.adata
+    expression = multimodal_model.get_normalized_expression()
+    assert list(expression.columns) == list(mdata["rna"].var_names)
+    assert list(expression.index) == list(mdata.obs_names)
+    assert multimodal_model.get_mixture_probabilities().shape == (mdata.n_obs, 3)
+    assert np.isfinite(multimodal_model.get_elbo())
+    assert multimodal_model.posterior_predictive_sample().shape == (mdata.n_obs, 30)
+
+
+def test_mudata_differential_expression(multimodal_model):
+    found = multimodal_model.differential_expression(groupby="cell_type", group1="type0", mode="change", silent=True)
+    assert set(found.index) == set(multimodal_model.adata["rna"].var_names)
+
+
+def test_mudata_save_and_load(multimodal_model, tmp_path):
+    multimodal_model.save(str(tmp_path / "model"), save_anndata=True)
+    again = CellPLM.load(str(tmp_path / "model"), accelerator="cpu")
+    np.testing.assert_allclose(
+        again.get_latent_representation(), multimodal_model.get_latent_representation(), atol=1e-6
+    )
+
+
+def test_mudata_panels(multimodal, train):
+    rna = multimodal["rna"]
+    rna.varm["panel"] = pd.DataFrame({"one": True, "two": np.arange(rna.n_vars) < 20}, index=rna.var_names)
+    modalities = MODALITIES | {"dataset_key": "rna", "measured_genes_key": "rna"}
+    CellPLM.setup_mudata(multimodal, **KEYS, dataset_key="study", measured_genes_key="panel", modalities=modalities)
+    model = train(CellPLM(multimodal, **TINY))
+    two = (rna.obs["study"] == "two").to_numpy()
+    assert model.get_normalized_expression()[two].iloc[:, 20:].isna().all(axis=None)
+
+
+def test_mudata_panels_beside_the_counts_are_not_overlooked(multimodal, train):
+    """The table belongs to the modality of the counts, whatever ``modalities`` says of it or leaves out."""
+    rna = multimodal["rna"]
+    rna.varm["panel"] = pd.DataFrame({"one": True, "two": np.arange(rna.n_vars) < 20}, index=rna.var_names)
+    multimodal.obs["study"] = rna.obs["study"].to_numpy()
+    CellPLM.setup_mudata(multimodal, **KEYS, dataset_key="study", measured_genes_key="panel", modalities=MODALITIES)
+    model = train(CellPLM(multimodal, **TINY))
+    two = (multimodal.obs["study"] == "two").to_numpy()
+    assert model.get_normalized_expression()[two].iloc[:, 20:].isna().all(axis=None)

@@ -1,0 +1,258 @@
+"""Training as users of scvi-tools know it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scvi
+import torch
+from lightning.pytorch import Callback
+
+from cellplm_scvi import CellPLM
+
+OPTIONS = [
+    (encoder, latent, position)
+    for encoder in ("flow", "softmax", "mlp")
+    for latent in ("mixture", "gaussian", "deterministic")
+    for position in ("local", "fourier", "sinusoidal", "none")
+]
+
+
+class Gradients(Callback):
+    """Collects the parameters whose gradient is absent or not finite after any step, and the cells of each step."""
+
+    def __init__(self) -> None:
+        self.bad: set[str] = set()
+        self.steps: list[list[float]] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self.steps.append(sorted(batch["library"].tolist()))
+
+    def on_after_backward(self, trainer, pl_module) -> None:
+        for name, parameter in pl_module.module.named_parameters():
+            if parameter.grad is None or not torch.isfinite(parameter.grad).all():
+                self.bad.add(name)
+
+
+@pytest.mark.parametrize(("encoder", "latent", "position"), OPTIONS)
+def test_every_parameter_gets_a_gradient_in_every_step(sections, build, train, encoder, latent, position):
+    model = build(sections, encoder=encoder, latent=latent, position=position, n_neighbours=6, n_niche=3)
+    gradients = Gradients()
+    train(model, callbacks=[gradients])
+    assert gradients.steps
+    assert not gradients.bad
+    assert np.isfinite(model.get_latent_representation()).all()
+
+
+def test_every_parameter_gets_a_gradient_without_coordinates(tissues, build, train):
+    gradients = Gradients()
+    train(build(tissues), callbacks=[gradients])
+    assert not gradients.bad
+
+
+def test_every_parameter_gets_a_gradient_where_no_cell_of_a_step_has_a_position(make_tissues, build, train):
+    adata = make_tissues(spatial=True)
+    adata.obsm["spatial"][(adata.obs["sample"] == "sample0").to_numpy()] = np.nan
+    gradients = Gradients()
+    train(build(adata, n_neighbours=4), callbacks=[gradients], batch_size=12, max_epochs=2)
+    assert not gradients.bad
+
+
+def test_an_epoch_sees_every_training_cell_once_and_epochs_differ(tissues, build, train):
+    gradients = Gradients()
+    model = train(build(tissues), callbacks=[gradients], max_epochs=2, batch_size=20)
+    n_steps = len(gradients.steps) // 2
+    assert n_steps > 2
+    epochs = gradients.steps[:n_steps], gradients.steps[n_steps:]
+    total = np.asarray(model.adata.X.sum(1)).ravel()
+    expected = sorted(total[model.train_indices])
+    for epoch in epochs:
+        assert sorted(sum(epoch, [])) == expected
+    assert epochs[0] != epochs[1]
+
+
+def test_training_lowers_the_loss_and_is_recorded(tissues, build, train):
+    model = train(build(tissues), max_epochs=12, plan_kwargs={"lr": 5e-3}, check_val_every_n_epoch=1)
+    for key in (
+        "train_loss",
+        "elbo_train",
+        "reconstruction_loss_train",
+        "kl_local_train",
+        "validation_loss",
+        "elbo_validation",
+        "reconstruction_loss_validation",
+        "kl_local_validation",
+    ):
+        assert len(model.history[key]) == 12
+        assert np.isfinite(model.history[key].to_numpy(float)).all()
+    loss = model.history["reconstruction_loss_train"].to_numpy(float).ravel()
+    assert loss[-1] < loss[0]
+    assert model.is_trained_
+
+
+def test_more_components_than_distinct_cells(make_tissues, build, train):
+    """Cells that are all alike leave clusters of k-means empty."""
+    adata = make_tissues(60, 10, n_samples=1)
+    adata.X = np.tile(adata.X[:2].toarray(), (30, 1))
+    adata.obs["sample"] = "one"
+    model = train(build(adata, encoder="mlp", n_components=8), max_epochs=4)
+    assert np.isfinite(model.get_latent_representation()).all()
+    assert np.isfinite(model.get_mixture_probabilities().to_numpy()).all()
+    assert np.isfinite(model.get_elbo())
+
+
+def test_training_without_a_seed(tissues, build, train):
+    scvi.settings.seed = None
+    assert np.isfinite(train(build(tissues)).get_latent_representation()).all()
+
+
+def test_all_cells_in_training(tissues, build, train):
+    model = train(build(tissues), train_size=1.0)
+    assert len(model.train_indices) == tissues.n_obs
+    assert len(model.validation_indices) == 0
+
+
+def test_early_stopping(tissues, build, train):
+    model = train(
+        build(tissues), max_epochs=30, early_stopping=True, early_stopping_patience=1, early_stopping_min_delta=1e9
+    )
+    assert len(model.history["elbo_validation"]) < 30
+
+
+def test_early_stopping_needs_validation_cells(tissues, build, train):
+    with pytest.raises(ValueError, match="early_stopping watches validation cells; there are none"):
+        train(build(tissues), early_stopping=True, train_size=1.0)
+
+
+def test_splitting_by_samples(make_tissues, build, train):
+    model = train(
+        build(make_tissues(120, 20, 6)),
+        train_size=0.5,
+        datasplitter_kwargs={"split_by": "samples"},
+        check_val_every_n_epoch=1,
+    )
+    sample = model.adata.obs["sample"].to_numpy()
+    training, validation = set(sample[model.train_indices]), set(sample[model.validation_indices])
+    assert training
+    assert validation
+    assert not training & validation
+    assert np.isfinite(model.history["elbo_validation"].to_numpy(float)).all()
+
+
+def test_a_split_of_ones_own(tissues, build, train):
+    rows = np.random.default_rng(0).permutation(tissues.n_obs)
+    parts = [rows[:50], rows[50:70], rows[70:]]
+    model = train(build(tissues), datasplitter_kwargs={"external_indexing": parts})
+    for part, found in zip(parts, (model.train_indices, model.validation_indices, model.test_indices), strict=True):
+        assert set(found) == set(part)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"train_size": 1.5}, r"train_size is 1\.5; it is a share in \(0, 1\]"),
+        ({"train_size": 0.8, "validation_size": 0.4}, "must be shares that sum to at most 1"),
+        ({"datasplitter_kwargs": {"split_by": "donors"}}, 'split_by="donors" is neither "cells" nor "samples"'),
+        ({"datasplitter_kwargs": {"external_indexing": [[0, 1], [1]]}}, "names 1 cells more than once"),
+        ({"datasplitter_kwargs": {"external_indexing": [[0, 900]]}}, "names rows outside of 0 to 89"),
+        ({"datasplitter_kwargs": {"external_indexing": [[], [1]]}}, "has no cells for training"),
+    ],
+    ids=["size", "sum", "word", "twice", "range", "none"],
+)
+def test_splits_that_do_not_work(tissues, build, train, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        train(build(tissues), **kwargs)
+
+
+def test_checkpoints(tissues, build, train, tmp_path):
+    from scvi.train import SaveCheckpoint
+
+    folder = tmp_path / "checkpoints"
+    model = train(
+        build(tissues),
+        max_epochs=2,
+        callbacks=[SaveCheckpoint(dirpath=str(folder), monitor="elbo_validation", load_best_on_end=True)],
+        check_val_every_n_epoch=1,
+        enable_checkpointing=True,
+    )
+    saved = [path for path in folder.iterdir() if path.is_dir()]
+    assert saved
+    again = CellPLM.load(str(saved[0]), adata=model.adata.copy(), accelerator="cpu")
+    assert np.isfinite(again.get_latent_representation()).all()
+
+
+@pytest.mark.parametrize("kind", ["dissociated", "spatial"])
+def test_half_precision_learns_what_full_precision_does(make_tissues, build, train, kind):
+    adata = make_tissues(spatial=kind == "spatial")
+
+    def once(precision: str) -> CellPLM:
+        scvi.settings.seed = 0
+        return train(build(adata, latent="gaussian"), max_epochs=4, precision=precision)
+
+    full, half = once("32-true"), once("bf16-mixed")
+    ours, theirs = (m.history["reconstruction_loss_train"].to_numpy(float).ravel() for m in (half, full))
+    np.testing.assert_allclose(ours, theirs, rtol=0.01)
+    assert half.get_latent_representation().dtype == np.float32
+    assert np.isfinite(half.get_latent_representation()).all()
+
+
+def test_training_goes_on(tissues, build, train):
+    model = train(build(tissues), max_epochs=2)
+    before = {name: p.detach().clone() for name, p in model.module.named_parameters()}
+    train(model, max_epochs=1)
+    assert any(not torch.equal(before[name], p) for name, p in model.module.named_parameters())
+    assert len(model.history["train_loss"]) == 3
+
+
+def test_a_loaded_model_is_trained_further(dissociated_model, clone, train):
+    model = clone(dissociated_model)
+    before = model.get_latent_representation()
+    train(model)
+    assert np.abs(model.get_latent_representation() - before).max() > 0
+
+
+def test_plan_arguments_reach_the_plan(tissues, build, train):
+    model = train(build(tissues), plan_kwargs={"lr": 3e-3, "weight_decay": 0.1, "n_epochs_kl_warmup": 7, "warmup": 0.5})
+    plan = model.trainer.lightning_module
+    assert plan.n_epochs_kl_warmup == 7
+    groups = model.trainer.optimizers[0].param_groups
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    assert {group["initial_lr"] for group in groups} == {3e-3}
+    with pytest.raises(TypeError, match="nonsense"):
+        train(build(tissues), plan_kwargs={"nonsense": 1})
+
+
+def test_every_parameter_is_in_one_group(sections, build, train):
+    model = train(build(sections))
+    grouped = [p for group in model.trainer.optimizers[0].param_groups for p in group["params"]]
+    assert len({id(p) for p in grouped}) == len(grouped) == len(list(model.module.parameters()))
+
+
+def test_the_default_number_of_epochs_gives_small_data_many_steps():
+    from cellplm_scvi.model._defaults import default_batch_size, default_max_epochs
+
+    for n_cells in (100, 1_000, 10_000, 100_000, 1_000_000):
+        size = default_batch_size(n_cells, spatial=False)
+        assert size & (size - 1) == 0
+        steps = default_max_epochs(n_cells, -(-n_cells // size)) * -(-n_cells // size)
+        assert steps >= 300
+    assert default_max_epochs(1_000_000, 2000) < default_max_epochs(10_000, 40)
+
+
+def test_workers(tissues, build, train):
+    model = train(build(tissues), datasplitter_kwargs={"num_workers": 1})
+    assert np.isfinite(model.get_latent_representation()).all()
+
+
+def test_covariates_of_one_category_and_no_covariate(tissues, train):
+    CellPLM.setup_anndata(tissues)
+    model = train(CellPLM(tissues, n_hidden=16, n_heads=2, n_layers=1, n_latent=4, n_components=3))
+    assert np.isfinite(model.get_elbo())
+    assert model.get_normalized_expression().shape == tissues.shape
+
+
+@pytest.mark.parametrize("words", [{"input_normalization": "raw"}, {"masking": False}, {"n_decoder_layers": 2}])
+def test_options_that_change_the_model(tissues, build, train, words):
+    plain, other = train(build(tissues)), train(build(tissues, **words))
+    assert np.isfinite(other.get_latent_representation()).all()
+    assert np.abs(other.get_latent_representation() - plain.get_latent_representation()).max() > 0
