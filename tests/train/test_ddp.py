@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 SCRIPT = """
 import sys
@@ -32,7 +33,7 @@ adata = AnnData(sp.csr_matrix(rng.poisson(2.0, (n, 20)).astype(np.float32)))
 adata.obs["sample"] = rng.integers(3, size=n).astype(str)
 adata.obsm["spatial"] = rng.normal(size=(n, 2))
 CellPLM.setup_anndata(adata, sample_key="sample", spatial_key="spatial")
-model = CellPLM(adata, n_hidden=16, n_layers=1, n_heads=2, n_latent=4, n_components=3, n_neighbours=4, n_niche=0)
+model = CellPLM(adata, n_hidden=16, n_layers=1, n_heads=2, n_latent=4, n_components=3, n_neighbours=4, n_niche=2)
 steps = Steps()
 model.train(
     max_epochs=2, accelerator="cpu", devices=2, strategy="ddp", batch_size=16, callbacks=[steps],
@@ -49,6 +50,7 @@ np.savez(
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_cells_and_end_alike(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)

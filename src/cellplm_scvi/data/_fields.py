@@ -20,6 +20,7 @@ from scvi.data.fields import (
 from cellplm_scvi import _constants as c
 
 from ._checks import check_column, check_coordinates, check_counts, check_names, check_no_missing, some, warn
+from ._vocabulary import MATCH_KEY, ORGANISM_KEY, UNNAMED_KEY, report_match
 
 ABSENT = "(absent)"
 #: below this share of the model's genes, new data get a warning that says so
@@ -51,8 +52,12 @@ class CountsField(LayerField):
     def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict:
         self.validate_field(adata_target)
         genes = pd.Index(state_registry[self.COLUMN_NAMES_KEY])
-        report_genes(genes, adata_target.var_names)
-        return {**state_registry, self.N_OBS_KEY: adata_target.n_obs}
+        state = {**state_registry, self.N_OBS_KEY: adata_target.n_obs}
+        if (organism := state.get(ORGANISM_KEY)) is None:
+            report_genes(genes, adata_target.var_names)
+            return state
+        counts = self.get_field_data(adata_target)
+        return {**state, MATCH_KEY: report_match(genes, adata_target.var_names, counts, organism)}
 
 
 def report_genes(known: pd.Index, given: pd.Index) -> None:
@@ -113,13 +118,14 @@ class CovariateField(CategoricalObsField):
         if self.is_default:
             self._setup_default_attr(adata_target)
         elif key not in adata_target.obs:
-            self.say_absent(key)
+            if not state_registry.get(UNNAMED_KEY):
+                self.say_absent(key)
             adata_target.obs[self.attr_key] = np.full(adata_target.n_obs, len(known))
             return {**state_registry, self.CATEGORICAL_MAPPING_KEY: np.append(np.asarray(known, dtype=object), ABSENT)}
         self.validate_field(adata_target)
         column = adata_target.obs[self._original_attr_key].astype("category")
         unseen = [category for category in column.cat.categories[np.unique(column.cat.codes)] if category not in known]
-        if unseen:
+        if unseen and not state_registry.get(UNNAMED_KEY):
             self.say_unseen(key, unseen, int(column.isin(unseen).sum()))
         mapping = np.concatenate([np.asarray(known, dtype=object), np.asarray(unseen, dtype=object)])
         adata_target.obs[self.attr_key] = pd.Index(mapping).get_indexer(column.astype(object)).astype(np.int64)

@@ -123,7 +123,7 @@ class CellDataset(Dataset):
             arrays["coordinates"] = self.scaled[rows]
         if self.nearest is None:
             return arrays
-        neighbours = self._places(rows, lengths)
+        neighbours = self._places(self.nearest.index[rows], rows, lengths)
         arrays["neighbours"] = neighbours[:, : self.spatial.n_neighbours]
         arrays["distances"] = self.nearest.distance[rows][:, : self.spatial.n_neighbours]
         if self.spatial.n_niche:
@@ -135,10 +135,8 @@ class CellDataset(Dataset):
             arrays |= _csr("niche_", adjacency @ counts)
         return arrays
 
-    def _places(self, rows: np.ndarray, lengths: np.ndarray | None) -> np.ndarray:
+    def _places(self, index: np.ndarray, rows: np.ndarray, lengths: np.ndarray | None) -> np.ndarray:
         """Where in the minibatch (with ``lengths``: in the same context) the nearest cells lie, (n_cells, k), -1: not."""
-        assert self.nearest is not None
-        index = self.nearest.index[rows]
         place = np.full(self.table.n_cells + 1, -1, dtype=np.int64)  # the last stands for "no neighbour"
         neighbours = np.empty_like(index)
         ends = np.cumsum([rows.shape[0]] if lengths is None else lengths)

@@ -9,7 +9,7 @@ import numpy as np
 from scvi import settings
 
 from ._checks import warn
-from ._loader import CellLoader, SpatialInputs, training_loader, whole_sample_loader
+from ._loader import CellLoader, RandomSliceSampler, SpatialInputs, training_loader, whole_sample_loader
 from ._table import CellTable
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class SampleSplitter(pl.LightningDataModule):
     @property
     def n_batches(self) -> int:
         """Optimiser steps of an epoch on one device."""
-        return len(self.train_dataloader().sampler)  # type: ignore[arg-type]
+        return len(RandomSliceSampler(self.table, self.train_idx, self.context_size, self.batch_size, 0).batches())
 
     def train_dataloader(self) -> CellLoader:
         """Random slices of the training cells."""

@@ -17,6 +17,7 @@ from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import CSCDataset, CSRDataset
 
 from ._checks import CHUNK_ROWS, some
+from ._vocabulary import gene_columns
 
 if TYPE_CHECKING:
     from scvi.data import AnnDataManager
@@ -122,7 +123,7 @@ class CellTable:
         state = manager.get_state_registry(c.X_KEY)
         genes = pd.Index(state.column_names)
         adata = _holder(manager, c.X_KEY)
-        columns = genes.get_indexer(adata.var_names)
+        columns = gene_columns(state, adata.var_names)
 
         def codes(key: str) -> np.ndarray:
             return np.asarray(manager.get_from_registry(key)).ravel().astype(np.int64)

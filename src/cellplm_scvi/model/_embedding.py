@@ -15,6 +15,7 @@ from cellplm_scvi._compat import AnnOrMuData
 from cellplm_scvi.data._loader import CellDataset, CellLoader, RowSampler, SpatialInputs, whole_sample_loader
 from cellplm_scvi.data._table import CellTable
 from cellplm_scvi.nn import MixtureLatent
+from cellplm_scvi.nn.published import PublishedMixture
 
 from ._defaults import default_inference_batch_size, default_row_batch_size
 
@@ -208,7 +209,7 @@ class EmbeddingMixin:
             If the model's latent space is not a mixture.
         """
         latent = self.module.latent
-        if not isinstance(latent, MixtureLatent):
+        if not isinstance(latent, MixtureLatent | PublishedMixture):
             raise ValueError(
                 'Only a model with latent="mixture" has mixture components; this one was built with '
                 f'latent="{self.init_params_["non_kwargs"]["latent"]}".'  # type: ignore[attr-defined]

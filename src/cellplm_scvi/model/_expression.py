@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -15,8 +16,9 @@ from scvi.utils import track
 from torch import Tensor
 
 from cellplm_scvi import _constants as c
-from cellplm_scvi._compat import AnnOrMuData, batch_codes
+from cellplm_scvi._compat import AnnOrMuData, batch_codes, compare_groups, raw_count_statistics
 from cellplm_scvi.data._checks import some
+from cellplm_scvi.data._vocabulary import gene_columns
 from cellplm_scvi.model._embedding import fixed_draws
 
 if TYPE_CHECKING:
@@ -122,17 +124,23 @@ class ExpressionMixin(RNASeqMixin, VAEMixin):
 
     def _genes(self, manager: Any, gene_list: Sequence[str] | None) -> tuple[np.ndarray, pd.Index]:
         """Columns of the model, and names, of the genes asked for, in the order of the data."""
-        known = pd.Index(manager.get_state_registry(c.X_KEY).column_names)
-        mod_key = getattr(manager.data_registry[c.X_KEY], "mod_key", None)
-        given = (manager.adata if mod_key is None else manager.adata.mod[mod_key]).var_names
-        names = given[given.isin(known)]
+        given = self._gene_names(manager)
+        columns = gene_columns(manager.get_state_registry(c.X_KEY), given)
+        known = columns >= 0
+        names, columns = given[known], columns[known]
         if gene_list is not None:
             gene_list = [gene_list] if isinstance(gene_list, str) else list(gene_list)
             unknown = [gene for gene in gene_list if gene not in names]
             if unknown:
                 raise ValueError(f"gene_list has {len(unknown)} genes that are not known ({some(unknown)}).")
-            names = names[names.isin(gene_list)]
-        return known.get_indexer(names), names
+            columns, names = columns[names.isin(gene_list)], names[names.isin(gene_list)]
+        return columns, names
+
+    @staticmethod
+    def _gene_names(manager: Any) -> pd.Index:
+        """Genes of the data, in their order."""
+        mod_key = getattr(manager.data_registry[c.X_KEY], "mod_key", None)
+        return (manager.adata if mod_key is None else manager.adata.mod[mod_key]).var_names
 
     def _decoded(
         self, tensors: Any, code: int | None, n_samples: int | None, library_size: float | Literal["latent"]
@@ -150,24 +158,83 @@ class ExpressionMixin(RNASeqMixin, VAEMixin):
             values = values.masked_fill(~px.output.measured[px.panel], torch.nan)
         return values
 
-    def differential_expression(self, adata: AnnOrMuData | None = None, *args: Any, **kwargs: Any) -> pd.DataFrame:
+    def differential_expression(
+        self,
+        adata: AnnOrMuData | None = None,
+        groupby: str | None = None,
+        group1: Sequence[str] | str | None = None,
+        group2: str | None = None,
+        idx1: Sequence[int] | Sequence[bool] | str | None = None,
+        idx2: Sequence[int] | Sequence[bool] | str | None = None,
+        mode: Literal["vanilla", "change"] = "vanilla",
+        delta: float = 0.25,
+        batch_size: int | None = None,
+        all_stats: bool = True,
+        batch_correction: bool = False,
+        batchid1: Sequence[str] | None = None,
+        batchid2: Sequence[str] | None = None,
+        fdr_target: float = 0.05,
+        silent: bool = False,
+        weights: Literal["uniform"] | None = "uniform",
+        filter_outlier_cells: bool = False,
+        **kwargs: Any,
+    ) -> pd.DataFrame:
         """Bayesian differential expression between groups of cells (Boyeau et al. 2019), as in scvi-tools.
 
         Parameters
         ----------
         adata
             AnnData with the genes of the model; ``None`` is the one that the model was built with.
-        *args, **kwargs
-            ``groupby``, ``group1``, ``group2``, ``idx1``, ``idx2``, ``mode``, ``delta``, ``batch_correction`` and so on, of
-            :meth:`scvi.model.SCVI.differential_expression`.
+        groupby, group1, group2, idx1, idx2, mode, delta, batch_size, all_stats, batch_correction, batchid1, batchid2,\
+ fdr_target, silent, weights, filter_outlier_cells, **kwargs
+            As in :meth:`scvi.model.SCVI.differential_expression`.
 
         Returns
         -------
         DataFrame with a row a gene and comparison.
+
+        Raises
+        ------
+        ValueError
+            If the data have genes that the model does not know.
         """
         adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
+        manager = self.get_anndata_manager(adata, required=True)  # type: ignore[attr-defined]
+        _, names = self._genes(manager, None)
+        unknown = self._gene_names(manager).difference(names)
+        if len(unknown):
+            raise ValueError(
+                f"{len(unknown):,} genes of this AnnData are unknown to the model ({some(unknown)}). Leave them out: "
+                "`adata[:, adata.var_names.isin(model.adata.var_names)].copy()`."
+            )
         with self._encoded_once(adata), fixed_numpy_draws():  # type: ignore[attr-defined]
-            return super().differential_expression(adata, *args, **kwargs)
+            return compare_groups(
+                manager,
+                partial(
+                    self.get_normalized_expression,
+                    return_numpy=True,
+                    n_samples=1,
+                    batch_size=batch_size,
+                    weights=weights,
+                ),
+                self.get_latent_representation if filter_outlier_cells else None,  # type: ignore[attr-defined]
+                groupby,
+                group1,
+                group2,
+                idx1,
+                idx2,
+                all_stats,
+                raw_count_statistics,
+                names,
+                mode,
+                batchid1,
+                batchid2,
+                delta,
+                batch_correction,
+                fdr_target,
+                silent,
+                **kwargs,
+            )
 
     def posterior_predictive_sample(
         self,
@@ -200,13 +267,18 @@ class ExpressionMixin(RNASeqMixin, VAEMixin):
                 return super().posterior_predictive_sample(
                     adata, indices, transform_batch, n_samples, gene_list, batch_size, **kwargs
                 )
+        import sparse
+
         adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
-        genes, _ = self._genes(self.get_anndata_manager(adata, required=True), gene_list)  # type: ignore[attr-defined]
+        manager = self.get_anndata_manager(adata, required=True)  # type: ignore[attr-defined]
+        genes, _ = self._genes(manager, gene_list)
+        codes = batch_codes(manager, transform_batch)
+        parts = []
         with fixed_draws():
-            drawn = super().posterior_predictive_sample(
-                adata, indices, transform_batch, n_samples, None, batch_size, **kwargs
-            )
-        return drawn[:, genes]
+            for tensors in self._make_data_loader(adata, indices, batch_size):  # type: ignore[attr-defined]
+                draws = [self.module.sample(tensors, n_samples, {"transform_batch": code})[:, genes] for code in codes]
+                parts.append(sparse.GCXS.from_numpy(torch.stack(draws).mean(0).numpy()))
+        return sparse.concatenate(parts, axis=0)
 
     @torch.inference_mode()
     def _get_denoised_samples(

@@ -1,5 +1,6 @@
-"""The scvi-tools module."""
+"""The scvi-tools modules."""
 
 from ._module import CellPLMModule
+from ._published import PublishedModule
 
-__all__ = ["CellPLMModule"]
+__all__ = ["CellPLMModule", "PublishedModule"]

@@ -209,7 +209,9 @@ class SoftmaxAttention(GlobalAttention):
             mixed = F.scaled_dot_product_attention(*(t.transpose(0, 1)[None] for t in (q, k, v)))
             return mixed[0].transpose(0, 1)
         index, real = packing.padded()
-        padded = (t.index_select(0, index.flatten()).view(*index.shape, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))
+        padded = (
+            t.index_select(0, index.flatten()).view(*index.shape, *t.shape[1:]).transpose(1, 2) for t in (q, k, v)
+        )
         mixed = F.scaled_dot_product_attention(*padded, attn_mask=real[:, None, None, :])
         return mixed.transpose(1, 2).flatten(0, 1).index_select(0, real.flatten().nonzero()[:, 0])
 

@@ -50,7 +50,8 @@ class GeneOutput:
 
     def log_shares(self, h: Tensor, panel: Tensor | None) -> Tensor:
         """Log of each gene's expected share of the library, (..., n_genes); -inf where it was not measured."""
-        logits = torch.nn.functional.linear(h.float(), self.weight.float(), self.bias.float())
+        with torch.autocast(h.device.type, enabled=False):
+            logits = torch.nn.functional.linear(h.float(), self.weight.float(), self.bias.float())
         if self.measured is not None and panel is not None:
             logits = logits.masked_fill(~self.measured[panel], -torch.inf)
         return logits - log_total(logits, self.rest)
@@ -102,18 +103,19 @@ def softmax_nb_loss(
     -------
     The weighted sum, and the negative log-likelihood of each cell, (n_cells,), without a gradient.
     """
-    return _SoftmaxNB.apply(
-        h.float(),
-        output.weight.float(),
-        output.bias.float(),
-        output.log_theta.float(),
-        weight.float(),
-        library.float(),
-        counts,
-        output.measured if panel is not None else None,
-        panel,
-        output.rest,
-    )
+    with torch.autocast(h.device.type, enabled=False):
+        return _SoftmaxNB.apply(
+            h.float(),
+            output.weight.float(),
+            output.bias.float(),
+            output.log_theta.float(),
+            weight.float(),
+            library.float(),
+            counts,
+            output.measured if panel is not None else None,
+            panel,
+            output.rest,
+        )
 
 
 class _SoftmaxNB(torch.autograd.Function):

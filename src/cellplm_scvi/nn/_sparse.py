@@ -77,17 +77,20 @@ class _SparseMatmul(torch.autograd.Function):
         ctx.save_for_backward(values, genes, offsets)
         ctx.n_genes = dense.shape[0]
         ctx.dtype = dense.dtype
-        return _csr(values, genes, offsets, dense.shape[0]) @ dense.float()
+        # sparse products have no half-precision kernel on every device
+        with torch.autocast(dense.device.type, enabled=False):
+            return _csr(values, genes, offsets, dense.shape[0]) @ dense.float()
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
         values, genes, offsets = ctx.saved_tensors
         n_cells = offsets.shape[0] - 1
         # The CSR arrays of a matrix are the CSC arrays of its transpose: no sorting is needed.
-        transposed = torch.sparse_csc_tensor(
-            offsets, genes, values, size=(ctx.n_genes, n_cells), check_invariants=False
-        )
-        grad = transposed.to_sparse_csr() @ grad_output.float()
+        with torch.autocast(grad_output.device.type, enabled=False):
+            transposed = torch.sparse_csc_tensor(
+                offsets, genes, values.float(), size=(ctx.n_genes, n_cells), check_invariants=False
+            )
+            grad = transposed @ grad_output.float()
         return None, None, None, grad.to(ctx.dtype)
 
 

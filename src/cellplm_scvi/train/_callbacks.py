@@ -40,20 +40,8 @@ class PlaceMixtureComponents(Callback):
         latent = module.latent
         if trainer.current_epoch != self.epoch or not isinstance(latent, MixtureLatent):
             return
-        mean, variance = self._embed(trainer, module)
-        if mean.shape[0] < 2 * latent.n_components:
-            return
-        seed = int(torch.randint(2**31, (1,)).item())
-        clusters = KMeans(latent.n_components, n_init=1, random_state=seed).fit(mean.cpu().numpy())
-        member = torch.nn.functional.one_hot(torch.from_numpy(clusters.labels_).long(), latent.n_components)
-        member = member.to(mean)
-        size = member.sum(0)
-        centre = (member.T @ mean) / size[:, None]
-        spread = (member.T @ ((mean - centre[clusters.labels_]).square() + variance)) / size[:, None]
-        # a component of few cells borrows the average spread
-        pooled = (mean - centre[clusters.labels_]).square().mean(0) + variance.mean(0)
-        spread = (size[:, None] * spread + 10 * pooled) / (size[:, None] + 10)
-        latent.set_components(centre, spread, size / size.sum())
+        # Every rank sees its own share of the cells; the first one decides.
+        place_components(latent, *self._embed(trainer, module))
         optimizer = trainer.optimizers[0]
         for parameter in (latent.component_mean, latent.component_log_variance, latent.component_logit):
             optimizer.state.pop(parameter, None)
@@ -73,3 +61,28 @@ class PlaceMixtureComponents(Callback):
                 break
         module.train()
         return torch.cat(means), torch.cat(variances)
+
+
+def place_components(latent: MixtureLatent, mean: torch.Tensor, variance: torch.Tensor) -> None:
+    """Put the components where k-means finds the cells; with fewer distinct cells than components they stay.
+
+    Parameters
+    ----------
+    latent
+        The mixture.
+    mean, variance
+        Of q(z|h) of some cells, (n_cells, n_latent).
+    """
+    n_components = latent.n_components
+    if torch.unique(mean, dim=0).shape[0] < 2 * n_components:
+        return
+    seed = int(torch.randint(2**31, (1,)).item())
+    clusters = KMeans(n_components, n_init=1, random_state=seed).fit(mean.cpu().numpy())
+    label = torch.from_numpy(clusters.labels_).long().to(mean.device)
+    member = torch.nn.functional.one_hot(label, n_components).to(mean)
+    size = member.sum(0)
+    centre = (member.T @ mean) / size[:, None]
+    residual = (mean - centre[label]).square() + variance
+    # A component of few cells borrows the average spread, as if ten more cells had it.
+    spread = (member.T @ residual + 10 * residual.mean(0)) / (size[:, None] + 10)
+    latent.set_components(centre, spread, size / size.sum())

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
-from scvi.module.base import BaseModuleClass
+from scvi.module.base import BaseModuleClass, LossOutput
 from scvi.train import TrainingPlan
 from torch import nn
+
+if TYPE_CHECKING:
+    from cellplm_scvi._typing import Minibatch
 
 
 class CellPLMTrainingPlan(TrainingPlan):
@@ -58,8 +62,34 @@ class CellPLMTrainingPlan(TrainingPlan):
         self.warmup = warmup
         self.final_lr = final_lr
 
+    def training_step(self, batch: Minibatch, batch_idx: int) -> torch.Tensor:
+        """One step on a minibatch."""
+        self._n_cells = batch["library"].shape[0]
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Minibatch, batch_idx: int) -> None:
+        """Losses of one minibatch of validation cells."""
+        self._n_cells = int(batch["target"].sum()) if "target" in batch else batch["library"].shape[0]
+        super().validation_step(batch, batch_idx)
+
+    def log(self, name: str, value: Any, **kwargs: Any) -> None:
+        """Log a value as the mean over the cells of the minibatch, which Lightning cannot tell from sparse counts."""
+        super().log(name, value, **{"batch_size": self._n_cells, **kwargs})
+
+    def compute_and_log_metrics(self, loss_output: LossOutput, metrics: dict[str, Any], mode: str) -> None:
+        """Log what scvi-tools logs, and further losses of the module.
+
+        The latter are logged here because scvi-tools does it in inference mode, which a distributed run cannot average.
+        """
+        further = dict(loss_output.extra_metrics or {})
+        super().compute_and_log_metrics(replace(loss_output, extra_metrics={}), metrics, mode)
+        for name, value in further.items():
+            self.log(f"{name}_{mode}", value, on_step=False, on_epoch=True, sync_dist=self.use_sync_dist)
+
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW and a schedule by step over the whole run."""
+        if "mixed" in str(self.trainer.precision):
+            self.fused_optimizer = False  # Lightning cannot clip the gradients of a fused one under mixed precision
         optimizer = self._optimizer_creator_fn(torch.optim.AdamW)(self.parameter_groups())
         n_steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.lr_share(step, n_steps))
