@@ -151,3 +151,13 @@ def check_coordinates(coordinates: np.ndarray, key: str, obs_names: pd.Index) ->
                 f'obsm["{key}"]: {int(bad.sum()):,} cells have {what} (cells {some(obs_names[bad])}). A cell '
                 "without a position has NaN in its whole row."
             )
+
+
+def check_library(totals: np.ndarray, library: np.ndarray, names: np.ndarray) -> None:
+    """Raise if the library size of a cell is smaller than the sum of its counts; each (n_cells,)."""
+    short = library < totals * (1 - 1e-4)
+    if short.any():
+        raise ValueError(
+            f"The library size (size_factor_key) of {int(short.sum()):,} cells is smaller than the sum of their counts "
+            f"(cells {some(names[short])}). It is the total of each cell over all genes, in counts."
+        )

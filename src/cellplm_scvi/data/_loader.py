@@ -14,6 +14,7 @@ from scvi import settings
 from torch import distributed
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ._checks import check_library
 from ._contexts import Context, NearestCells, nearest_cells, pack, rows_by_sample, training_contexts, whole_contexts
 from ._table import CellTable
 
@@ -99,8 +100,11 @@ class CellDataset(Dataset):
     def __getitem__(self, request: MinibatchRows) -> Minibatch:
         table, rows = self.table, request.rows
         counts = table.counts[rows]
-        library = counts.sum(1, dtype=np.float32).A1 if table.size_factor is None else table.size_factor[rows]
-        arrays: dict[str, np.ndarray] = {"library": np.maximum(library, 0.0), **_csr("", counts)}
+        library = counts.sum(1, dtype=np.float32).A1
+        if table.size_factor is not None:
+            totals, library = library, table.size_factor[rows]
+            check_library(totals, library, table.names[rows])
+        arrays: dict[str, np.ndarray] = {"library": library, **_csr("", counts)}
         arrays |= {name: codes[rows] for name, codes in table.covariates.items()}
         arrays |= {name: codes[rows] for name, codes in table.annotations.items()}
         if table.measured is not None and table.panel is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -60,6 +61,12 @@ class CountRows:
         self._measured, self._panel = (None, None) if measured is None or measured.all() else (measured, panel)
         identity = columns.shape[0] == n_genes and bool((columns == np.arange(n_genes)).all())
         self._columns = None if identity else columns
+
+    def without_panels(self) -> CountRows:
+        """The same rows with all their counts."""
+        whole = copy(self)
+        whole._measured = whole._panel = None
+        return whole
 
     def __getitem__(self, rows: np.ndarray) -> sp.csr_matrix:
         """Counts of the rows asked for, in their order, float32."""
@@ -160,6 +167,13 @@ class CellTable:
         """Counts of each cell over the model's genes, (n_cells,)."""
         chunks = (self.counts[rows].sum(1, dtype=np.float64).A1 for rows in self._row_chunks())
         return np.concatenate(list(chunks))
+
+    def counts_outside_panels(self) -> int:
+        """Number of counts of genes that the cell's data set did not measure, by its panel."""
+        if self.measured is None:
+            return 0
+        whole = self.counts.without_panels()
+        return round(sum(whole[rows].sum(dtype=np.float64) for rows in self._row_chunks()) - self.totals.sum())
 
     def gene_totals(self, covariate: str) -> np.ndarray:
         """Counts of each gene in each category of a covariate, (n_categories, n_genes)."""

@@ -11,7 +11,7 @@ from scvi.model.base import BaseModelClass
 
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import AnnOrMuData, copy_if_view, setup_anndata_dsp
-from cellplm_scvi.data._checks import some, warn
+from cellplm_scvi.data._checks import check_library, some, warn
 from cellplm_scvi.data._fields import CovariateField, make_fields
 from cellplm_scvi.data._loader import SpatialInputs
 from cellplm_scvi.data._table import CellTable
@@ -21,6 +21,7 @@ from cellplm_scvi.nn import Encoder, GeneMasking, Latent, Position
 from ._defaults import default_hidden, default_latent, default_layers
 from ._embedding import EmbeddingMixin
 from ._expression import ExpressionMixin
+from ._pretrained import PretrainedMixin
 from ._training import TrainingMixin
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from mudata import MuData
 
 
-class CellPLM(EmbeddingMixin, ExpressionMixin, TrainingMixin, BaseModelClass):
+class CellPLM(EmbeddingMixin, ExpressionMixin, TrainingMixin, PretrainedMixin, BaseModelClass):
     """Cell language model: a transformer whose tokens are cells and whose sentences are tissue samples (Wen et al. 2024).
 
     Parameters
@@ -69,6 +70,9 @@ class CellPLM(EmbeddingMixin, ExpressionMixin, TrainingMixin, BaseModelClass):
         ``"library"`` (log1p of counts scaled to the median library size) or ``"raw"`` (log1p of counts, as published).
     max_context
         Most cells that see each other at inference; larger samples are cut into slices.
+    published
+        Configuration of a published model, which :meth:`from_pretrained` sets; of the other sizes only ``max_context`` then
+        matters.
     registry
         Registry of an AnnData set-up, instead of ``adata``.
 
@@ -102,9 +106,14 @@ class CellPLM(EmbeddingMixin, ExpressionMixin, TrainingMixin, BaseModelClass):
         masking: bool = True,
         input_normalization: str = "library",
         max_context: int = 8192,
+        published: dict[str, Any] | None = None,
         registry: dict | None = None,
     ):
         super().__init__(adata, registry)
+        if published is not None:
+            self._build_published(published, max_context)
+            self.init_params_ = self._get_init_params(locals())
+            return
         check_words(encoder=encoder, latent=latent, position=position, input_normalization=input_normalization)
         states = {name: field["state_registry"] for name, field in self.registry_["field_registries"].items()}
         n_genes = len(states[c.X_KEY]["column_names"])
@@ -348,10 +357,11 @@ def check_totals(table: CellTable) -> None:
             f"{int(empty.sum()):,} cells have no counts (cells {some(table.names[empty])}). They are embedded, but say "
             "nothing; `sc.pp.filter_cells(adata, min_counts=1)` drops them."
         )
+    outside = table.counts_outside_panels()
+    if outside:
+        warn(
+            f"{outside:,} counts belong to genes that their data set did not measure, by measured_genes_key. They are left "
+            "out; mend the table if they are real."
+        )
     if table.size_factor is not None:
-        short = table.size_factor < totals * (1 - 1e-4)
-        if short.any():
-            raise ValueError(
-                f"The library size (size_factor_key) of {int(short.sum()):,} cells is smaller than the sum of their counts "
-                f"(cells {some(table.names[short])}). It is the total of each cell over all genes, in counts."
-            )
+        check_library(totals, table.size_factor, table.names)

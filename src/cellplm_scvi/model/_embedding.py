@@ -12,6 +12,7 @@ import torch
 from scvi import settings
 
 from cellplm_scvi._compat import AnnOrMuData
+from cellplm_scvi.data._checks import warn
 from cellplm_scvi.data._loader import CellDataset, CellLoader, RowSampler, SpatialInputs, whole_sample_loader
 from cellplm_scvi.data._table import CellTable
 from cellplm_scvi.nn import MixtureLatent
@@ -87,12 +88,16 @@ class EmbeddingMixin:
             batch_size=batch_size or default_inference_batch_size(self.module.n_hidden),
             max_context=self.module.max_context,
         )
+        empty = 0
         with fixed_draws():
             for request, tensors in zip(loader.sampler, loader, strict=True):
+                empty += int((tensors["offsets"].diff() == 0).sum())
                 outputs = self.module.inference(tensors)
                 found = request.rows if request.target is None else request.rows[request.target]
                 mean[found] = outputs["qzm"].float().cpu().numpy()
                 variance[found] = outputs["qzv"].float().cpu().numpy()
+        if empty:
+            warn(f"{empty:,} of the cells that were embedded have no counts of the model's genes; they say nothing.")
         return mean, variance
 
     @contextmanager
@@ -211,8 +216,8 @@ class EmbeddingMixin:
         latent = self.module.latent
         if not isinstance(latent, MixtureLatent | PublishedMixture):
             raise ValueError(
-                'Only a model with latent="mixture" has mixture components; this one was built with '
-                f'latent="{self.init_params_["non_kwargs"]["latent"]}".'  # type: ignore[attr-defined]
+                'Only a model with latent="mixture" has mixture components; the latent space of this one is a '
+                f"{type(latent).__name__}."
             )
         adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
         mean = self.get_latent_representation(adata, indices=indices, batch_size=batch_size)

@@ -106,9 +106,13 @@ class CellPLMModule(BaseModuleClass):
         self.decoder = BatchAwareDecoder(
             n_latent, n_hidden, n_decoder_layers, n_genes, covariates, dropout_rate, gene_shares, rest
         )
+        self.niche = (
+            NicheDecoder(n_latent, n_hidden, n_genes, covariates, gene_shares) if local and niche_weight > 0 else None
+        )
         if batch_fold_changes is not None and "batch" in covariates:
             self.decoder.start_codes("batch", batch_fold_changes)
-        self.niche = NicheDecoder(n_latent, n_hidden, n_genes, gene_shares) if local and niche_weight > 0 else None
+            if self.niche is not None:
+                self.niche.decoder.start_codes("batch", batch_fold_changes)
         self.niche_weight = niche_weight
 
     @property
@@ -223,7 +227,10 @@ class CellPLMModule(BaseModuleClass):
             )
             if "target" in tensors:
                 niche = niche.select(tensors["target"])
-            niche_loss = self.niche.loss(inference_outputs["z"], niche)
+            inputs = self._get_generative_input(tensors, inference_outputs)
+            niche_loss = self.niche.loss(
+                **{key: inputs[key] for key in ("z", "covariates", "measured", "panel")}, niche=niche
+            )
             loss = loss + self.niche_weight * niche_loss
             extra["niche_loss"] = niche_loss.detach()
         return LossOutput(loss=loss, reconstruction_loss=reconstruction, kl_local=divergence, extra_metrics=extra)
@@ -242,16 +249,25 @@ class CellPLMModule(BaseModuleClass):
 
 
 class NicheDecoder(nn.Module):
-    """Predicts the counts of a cell's neighbourhood from its z, so that z carries where the cell lies."""
+    """Predicts the counts of a cell's neighbourhood from its z and covariates, so that z carries where the cell lies."""
 
-    def __init__(self, n_latent: int, n_hidden: int, n_genes: int, gene_shares: Tensor | None):
+    def __init__(
+        self, n_latent: int, n_hidden: int, n_genes: int, covariates: Mapping[str, int], gene_shares: Tensor | None
+    ):
         super().__init__()
-        self.decoder = BatchAwareDecoder(n_latent, n_hidden, 1, n_genes, {}, gene_shares=gene_shares)
+        self.decoder = BatchAwareDecoder(n_latent, n_hidden, 1, n_genes, covariates, gene_shares=gene_shares)
 
-    def loss(self, z: Tensor, niche: SparseCounts) -> Tensor:
+    def loss(
+        self,
+        z: Tensor,
+        niche: SparseCounts,
+        covariates: Mapping[str, Tensor],
+        measured: Tensor | None = None,
+        panel: Tensor | None = None,
+    ) -> Tensor:
         """Mean NB loss over cells with neighbours; z (n_cells, n_latent), niche (n_cells, n_genes)."""
         total = niche.sum()
         weight = (total > 0).float()
         weight = weight / weight.sum().clamp_min(1.0)
-        hidden = self.decoder(z, {})
-        return softmax_nb_loss(hidden, niche, total, self.decoder.output(), weight)[0]
+        hidden = self.decoder(z, covariates)
+        return softmax_nb_loss(hidden, niche, total, self.decoder.output(measured), weight, panel)[0]
