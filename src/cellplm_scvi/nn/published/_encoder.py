@@ -1,0 +1,56 @@
+"""The published encoder: pre-norm layers of flow attention, and the norm before the latent space."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cellplm_scvi.nn._attention import FlowAttention, Neighbourhood, Packing
+from cellplm_scvi.nn._encoders import CellEncoder
+
+from ._config import PublishedConfig
+
+#: dropout inside the published attention, which the configuration does not name
+ATTENTION_DROPOUT = 0.01
+
+
+class PublishedAttention(FlowAttention):
+    """Flow attention with the published dropout, twice after the output projection."""
+
+    def dropped(self, x: Tensor) -> Tensor:
+        if self.dropout_rate > 0:
+            x = F.dropout(x, ATTENTION_DROPOUT, self.training)
+        return super().dropped(x)
+
+
+class PublishedLayer(nn.Module):
+    """Attention between all cells, then a feed-forward network of twice the width."""
+
+    def __init__(self, config: PublishedConfig):
+        super().__init__()
+        d, rate = config.n_hidden, config.dropout_rate
+        self.attention = PublishedAttention(d, config.n_heads, rate)
+        self.norm_attention = nn.LayerNorm(d)
+        self.norm_feed_forward = nn.LayerNorm(d)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(d, 2 * d), nn.GELU(), nn.Dropout(rate), nn.Linear(2 * d, d), nn.Dropout(rate)
+        )
+
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        """(n_cells, n_hidden) -> (n_cells, n_hidden)."""
+        x = x + self.attention(self.norm_attention(x), packing)
+        return x + self.feed_forward(self.norm_feed_forward(x))
+
+
+class PublishedEncoder(CellEncoder):
+    """A stack of :class:`PublishedLayer` and a layer norm."""
+
+    def __init__(self, config: PublishedConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(PublishedLayer(config) for _ in range(config.n_layers))
+        self.norm = nn.LayerNorm(config.n_hidden)
+
+    def forward(self, x: Tensor, packing: Packing, neighbourhood: Neighbourhood | None = None) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, packing)
+        return self.norm(x)

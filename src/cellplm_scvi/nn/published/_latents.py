@@ -1,0 +1,137 @@
+"""The published latent spaces behind our interface: every moment is a deterministic function of the cell."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cellplm_scvi.nn._latents import LatentSpace
+
+from ._config import PublishedConfig
+
+#: width of the hidden layer of q(z|h, y), which the configuration does not name
+N_MIXTURE_HIDDEN = 512
+#: added to variances inside the published log density
+DENSITY_EPS = 1e-8
+#: bounds of the published log variance, and what is added to the variance
+LOG_VARIANCE_BOUND, VARIANCE_EPS = 5.0, 1e-4
+MIN_VARIANCE = 1e-8
+
+
+class PublishedLatent(LatentSpace):
+    """A published latent space."""
+
+    @abstractmethod
+    def posterior(self, h: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class PublishedDeterministic(PublishedLatent):
+    """``latent_mod="ae"``: z is a linear function of the cell's hidden state."""
+
+    stochastic = False
+
+    def __init__(self, config: PublishedConfig):
+        super().__init__(config.n_hidden, config.n_latent)
+
+    def posterior(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        mean = self.mean(h).float()
+        return mean, torch.zeros_like(mean)
+
+    def divergence(self, z: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        return mean.new_zeros(z.shape[:-1])
+
+    def sample(self, mean: Tensor, variance: Tensor, n_samples: int = 1) -> Tensor:
+        return mean if n_samples == 1 else mean.expand(n_samples, *mean.shape)
+
+
+class PublishedGaussian(PublishedLatent):
+    """``latent_mod="vae"``: one Gaussian a cell, standard normal prior."""
+
+    def __init__(self, config: PublishedConfig):
+        super().__init__(config.n_hidden, config.n_latent)
+        self.log_variance = nn.Linear(config.n_hidden, config.n_latent)
+
+    def posterior(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        log_variance = self.log_variance(h).float().clamp(-LOG_VARIANCE_BOUND, LOG_VARIANCE_BOUND)
+        return self.mean(h).float(), log_variance.exp() + VARIANCE_EPS
+
+    def divergence(self, z: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        kl = 0.5 * (mean.square() + variance - 1 - variance.log()).sum(-1)
+        return kl.expand(z.shape[:-1])
+
+
+class PublishedMixture(PublishedLatent):
+    r"""``latent_mod="gmvae"``: q(y|h), q(z|h, y) and p(z|y), with 1/K for p(y).
+
+    The published code draws y and returns the mean of q(z|h, y), so that two calls differ. Here the posterior of a cell is
+    the Gaussian with the moments of :math:`\sum_y q(y|h)\,q(z|h, y)`: its mean is the expectation of what the published
+    code returns.
+    """
+
+    def __init__(self, config: PublishedConfig):
+        super().__init__(N_MIXTURE_HIDDEN, config.n_latent)
+        self.n_components = config.n_components
+        self.logits = nn.Linear(config.n_hidden, config.n_components)
+        self.hidden = nn.Linear(config.n_hidden + config.n_components, N_MIXTURE_HIDDEN)
+        self.raw_variance = nn.Linear(N_MIXTURE_HIDDEN, config.n_latent)
+        self.prior_mean = nn.Linear(config.n_components, config.n_latent)
+        self.prior_raw_variance = nn.Linear(config.n_components, config.n_latent)
+
+    def given_component(self, h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of q(z|h, y) for y on the simplex, (n_cells, n_components) -> two of (n_cells, n_latent)."""
+        hidden = torch.relu(self.hidden(torch.cat([h, y], 1)))
+        return self.mean(hidden), F.softplus(self.raw_variance(hidden))
+
+    def prior(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of p(z|y), (..., n_components) -> two of (..., n_latent)."""
+        return self.prior_mean(y), F.softplus(self.prior_raw_variance(y))
+
+    def posterior(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        share = self.logits(h).float().softmax(-1)
+        n_hidden = h.shape[1]
+        weight = self.hidden.weight
+        from_cell = F.linear(h, weight[:, :n_hidden], self.hidden.bias)
+        mean = from_cell.new_zeros(h.shape[0], self.mean.out_features, dtype=torch.float32)
+        square = torch.zeros_like(mean)
+        for k in range(self.n_components):
+            hidden = torch.relu(from_cell + weight[:, n_hidden + k])
+            mean_k = self.mean(hidden).float()
+            variance_k = F.softplus(self.raw_variance(hidden).float())
+            mean = mean + share[:, k, None] * mean_k
+            square = square + share[:, k, None] * (variance_k + mean_k.square())
+        return mean, (square - mean.square()).clamp_min(MIN_VARIANCE)
+
+    def component_log_joint(self, z: Tensor) -> Tensor:
+        """Log p(y) + log p(z|y), (..., n_cells, n_components)."""
+        components = torch.eye(self.n_components, device=z.device, dtype=z.dtype)
+        mean, variance = self.prior(components)
+        precision = 1.0 / (variance + DENSITY_EPS)
+        # expanded square: (z - m)^2 / s^2 without a tensor of cells x components x dimensions
+        square = (
+            z.square() @ precision.T - 2 * (z @ (mean * precision).T) + (mean.square() * precision).sum(1)
+        ).clamp_min(0.0)
+        log_norm = z.shape[-1] * math.log(2 * math.pi) - precision.log().sum(1)
+        return -math.log(self.n_components) - 0.5 * (square + log_norm)
+
+    def responsibilities(self, z: Tensor) -> Tensor:
+        """q(y|z), (..., n_cells, n_components), summing to one."""
+        return self.component_log_joint(z).softmax(-1)
+
+    def divergence(self, z: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        log_q = -0.5 * ((z - mean).square() / variance + variance.log() + math.log(2 * math.pi)).sum(-1)
+        return log_q - self.component_log_joint(z).logsumexp(-1)
+
+
+def published_latent(config: PublishedConfig) -> PublishedLatent:
+    """The latent space of a configuration."""
+    match config.latent:
+        case "gmvae":
+            return PublishedMixture(config)
+        case "vae":
+            return PublishedGaussian(config)
+        case "ae":
+            return PublishedDeterministic(config)

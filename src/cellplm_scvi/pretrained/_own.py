@@ -1,0 +1,192 @@
+"""Our format: weights as safetensors, everything else as JSON; nothing is executed to read it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._checkpoint import DTYPES
+from ._config import read_json
+from ._errors import PretrainedFileError, listed, quoted
+
+CONFIG_FILE, WEIGHTS_FILE = "cellplm_config.json", "model.safetensors"
+FORMAT, FORMAT_VERSION = "cellplm-scvi", 1
+_ENTRIES = ("format", "version", "model", "init", "registry", "origin", "package_version")
+
+
+@dataclass(frozen=True)
+class OwnCheckpoint:
+    """A model that ``save_pretrained`` wrote.
+
+    Parameters
+    ----------
+    model
+        Name of its class.
+    init
+        Arguments of its constructor.
+    registry
+        scvi-tools' registry of its data set-up: genes, categories, keys.
+    state
+        Parameters and buffers by name.
+    origin
+        ``{"source": name}`` of the pre-trained model that the weights come from, or ``None``.
+    """
+
+    model: str
+    init: dict[str, Any]
+    registry: dict[str, Any]
+    state: dict[str, Tensor]
+    origin: dict[str, Any] | None = None
+
+
+def write_own(folder: Path, checkpoint: OwnCheckpoint, package_version: str) -> None:
+    """Write a folder with the two files.
+
+    Raises
+    ------
+    ImportError
+        Without the package safetensors.
+    TypeError
+        If something of the set-up cannot be written as JSON.
+    """
+    save_file = _safetensors("save_file")
+    content = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "package_version": package_version,
+        "model": checkpoint.model,
+        "init": checkpoint.init,
+        "registry": checkpoint.registry,
+        "origin": checkpoint.origin,
+    }
+    text = json.dumps(content, default=_plain, allow_nan=False, indent=1)
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in checkpoint.state.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / CONFIG_FILE).write_text(text + "\n")
+
+
+def read_own(config_path: Path, weights_path: Path) -> OwnCheckpoint:
+    """Read and check a folder that :func:`write_own` wrote.
+
+    Raises
+    ------
+    PretrainedFileError
+        If a file is not what it should be.
+    """
+    content = read_json(config_path)
+    file = config_path.name
+    if content.get("format") != FORMAT:
+        raise PretrainedFileError(f'{file}: format is {quoted(content.get("format"))}; "{FORMAT}" is needed.')
+    version = content.get("version")
+    if type(version) is not int or version < 1:
+        raise PretrainedFileError(f"{file}: version is {quoted(version)}.")
+    if version > FORMAT_VERSION:
+        raise PretrainedFileError(f"{file} has version {version} of the format; this package reads {FORMAT_VERSION}.")
+    unknown = [name for name in content if name not in _ENTRIES]
+    if unknown:
+        raise PretrainedFileError(f"{file} has unknown entries ({listed(unknown)}).")
+    if not isinstance(content.get("model"), str):
+        raise PretrainedFileError(f"{file}: model is {quoted(content.get('model'))}; the name of a class is needed.")
+    for name in ("init", "registry"):
+        if not isinstance(content.get(name), dict):
+            raise PretrainedFileError(f"{file}: {name} is {quoted(content.get(name))}; an object is needed.")
+    origin = content.get("origin")
+    if origin is not None and not (isinstance(origin, dict) and isinstance(origin.get("source"), str)):
+        raise PretrainedFileError(f"{file}: origin is {quoted(origin)}; an object with a source is needed.")
+    registry = _checked_registry(content["registry"], file)
+    return OwnCheckpoint(content["model"], content["init"], registry, _read_tensors(weights_path), origin)
+
+
+def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], file: str) -> None:
+    """Raise unless the weights are those of a module.
+
+    Parameters
+    ----------
+    state
+        What was read.
+    expected
+        State dict of the module, perhaps without memory (on the meta device).
+    """
+    missing = [name for name in expected if name not in state]
+    extra = [name for name in state if name not in expected]
+    if missing or extra:
+        parts = [f"lacks {len(missing):,} weights ({listed(missing)})"] if missing else []
+        parts += [f"has {len(extra):,} that the model does not know ({listed(extra)})"] if extra else []
+        raise PretrainedFileError(f"{file} {' and '.join(parts)}: do the two files belong together?")
+    wrong = [
+        f"{name} is {tuple(state[name].shape)} {state[name].dtype}, needed {tuple(tensor.shape)} {tensor.dtype}"
+        for name, tensor in expected.items()
+        if state[name].shape != tensor.shape or state[name].dtype != tensor.dtype
+    ]
+    if wrong:
+        raise PretrainedFileError(f"{file}: {len(wrong):,} weights do not fit: {'; '.join(wrong[:3])}.")
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    load_file = _safetensors("load_file")
+    try:
+        state = load_file(path)
+    except Exception as error:  # noqa: BLE001 - the parser has its own error type, which moved between versions
+        raise PretrainedFileError(f"{path.name} is truncated or corrupt: {str(error)[:200]}") from None
+    for name, tensor in state.items():
+        if tensor.dtype in DTYPES and not bool(torch.isfinite(tensor).all()):
+            raise PretrainedFileError(f"{path.name}: {quoted(name)} has missing or infinite values.")
+    return state
+
+
+def _safetensors(name: str) -> Any:
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ImportError('This format needs the package safetensors: pip install "cellplm-scvi[hub]".') from None
+    return getattr(safetensors.torch, name)
+
+
+def _plain(value: object) -> Any:
+    """NumPy values as JSON has them."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"the set-up holds a {type(value).__name__}, which cannot be written as JSON")
+
+
+def _checked_registry(registry: dict[str, Any], file: str) -> dict[str, Any]:
+    """The registry with arrays where scvi-tools has them; raise if it is not one."""
+
+    def needed(holder: object, name: str, kind: type, where: str) -> Any:
+        value = holder.get(name) if isinstance(holder, dict) else None
+        if not isinstance(value, kind):
+            raise PretrainedFileError(f"{file}: {name} of {where} is {quoted(value)}; a {kind.__name__} is needed.")
+        return value
+
+    needed(registry, "setup_args", dict, "registry")
+    method = needed(registry, "setup_method_name", str, "registry")
+    if method not in ("setup_anndata", "setup_mudata"):
+        raise PretrainedFileError(f"{file}: setup_method_name is {quoted(method)}.")
+    fields = needed(registry, "field_registries", dict, "registry")
+    for name in ("X", "batch", "sample"):
+        needed(fields, name, dict, "field_registries")
+    for name, field in fields.items():
+        state = needed(field, "state_registry", dict, quoted(name))
+        needed(field, "summary_stats", dict, quoted(name))
+        for key in ("column_names", "categorical_mapping"):
+            if key in state:
+                values = needed(state, key, list, quoted(name))
+                if any(not isinstance(v, str | int | float) for v in values):
+                    raise PretrainedFileError(f"{file}: {key} of {quoted(name)} holds something other than names.")
+                state[key] = np.asarray(values, dtype=object)
+        if "n_known" in state:
+            n = needed(state, "n_known", int, quoted(name))
+            if not 0 <= n <= len(needed(state, "categorical_mapping", np.ndarray, quoted(name))):
+                raise PretrainedFileError(f"{file}: n_known of {quoted(name)} is {n:,}.")
+    needed(fields["X"]["state_registry"], "column_names", np.ndarray, '"X"')
+    return registry
