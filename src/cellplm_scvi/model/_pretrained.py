@@ -158,7 +158,9 @@ class PretrainedMixin:
         folder = Path(folder)
         there = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if (folder / name).exists()]
         if there and not overwrite:
-            raise FileExistsError(f'"{folder}" already holds {" and ".join(there)}. Pass overwrite=True to replace them.')
+            raise FileExistsError(
+                f'"{folder}" already holds {" and ".join(there)}. Pass overwrite=True to replace them.'
+            )
         init = self.init_params_["non_kwargs"]  # type: ignore[attr-defined]
         # of a local path only the last part: the folder may be shared
         origin = self.pretrained_report_ and {"source": self.pretrained_report_["source"].rstrip("/").rsplit("/")[-1]}
@@ -172,16 +174,13 @@ class PretrainedMixin:
         write_own(folder, checkpoint, version("cellplm-scvi"))
 
     @property
-    def pretrained_report(self) -> PretrainedReport:
+    def pretrained_report(self) -> PretrainedReport | None:
         """What became of each entry of the files that the weights come from, and how the genes of the AnnData matched.
 
-        Raises
-        ------
-        ValueError
-            If the model was not loaded with :meth:`from_pretrained`.
+        ``None`` for a model that was built from data.
         """
         if self.pretrained_report_ is None:
-            raise ValueError("This model was built from data, not loaded with from_pretrained: there is no report.")
+            return None
         report = PretrainedReport(**self.pretrained_report_)
         manager = self.adata_manager  # type: ignore[attr-defined]
         if manager is None:
@@ -216,7 +215,9 @@ class PretrainedMixin:
             with torch.device("meta"):
                 sketch = cls(registry=registry, **init)  # type: ignore[call-arg]
         except Exception as error:  # noqa: BLE001 - of values that come from a file
-            raise PretrainedFileError(f"The configuration of {file} does not describe a model: {str(error)[:200]}") from None
+            raise PretrainedFileError(
+                f"The configuration of {file} does not describe a model: {str(error)[:200]}"
+            ) from None
         check_state(state, sketch.module.state_dict(), file)
         model = cls(registry=registry, **init)  # type: ignore[call-arg]
         model.module.load_state_dict(state)
