@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import h5py
+import lightning
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+import scvi
+import torch
 from anndata import AnnData
-from scvi import settings
 
 from cellplm_scvi._compat import CSCDataset, CSRDataset
 
 CHUNK_ROWS = 4096
 
 
+#: code between a user's line and a warning of ours, by where it lies
+NOT_USERS = (str(Path(__file__).parents[1]), *(str(Path(m.__file__).parent) for m in (lightning, scvi, torch)))
+
+
 def warn(message: str) -> None:
     """Warn at the user's line."""
-    warnings.warn(message, UserWarning, stacklevel=settings.warnings_stacklevel + 1)
+    warnings.warn(message, UserWarning, skip_file_prefixes=NOT_USERS)
 
 
 def some(names: Sequence[object] | np.ndarray | pd.Index, most: int = 3) -> str:

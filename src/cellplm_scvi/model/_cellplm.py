@@ -110,6 +110,8 @@ class CellPLM(EmbeddingMixin, ExpressionMixin, TrainingMixin, PretrainedMixin, B
         registry: dict | None = None,
     ):
         super().__init__(adata, registry)
+        if adata is not None:
+            self.adata_manager.validate()  # the AnnData may hold the codes of another set-up
         if published is not None:
             self._build_published(published, max_context)
             self.init_params_ = self._get_init_params(locals())
