@@ -118,6 +118,13 @@ def check_names(adata: AnnData) -> None:
         )
 
 
+def check_sizes(**sizes: int) -> None:
+    """Raise if a size is not a positive whole number."""
+    for name, size in sizes.items():
+        if int(size) != size or size < 1:
+            raise ValueError(f"{name}={size} must be a positive whole number.")
+
+
 def check_column(adata: AnnData, key: str, argument: str) -> pd.Series:
     """The column ``adata.obs[key]``; raise if it is absent."""
     if key not in adata.obs:

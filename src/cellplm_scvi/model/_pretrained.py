@@ -17,7 +17,7 @@ from mudata import MuData
 
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import SCVI_UUID_KEY, AnnOrMuData, copy_if_view, parse_device_args
-from cellplm_scvi.data._checks import check_column, some, warn
+from cellplm_scvi.data._checks import check_column, check_sizes, some, warn
 from cellplm_scvi.data._fields import CovariateField
 from cellplm_scvi.data._vocabulary import MATCH_KEY, ORGANISM_KEY, UNNAMED_KEY
 from cellplm_scvi.genes._tables import Organism
@@ -261,8 +261,8 @@ class PretrainedMixin:
     @classmethod
     def _build(cls, registry: dict[str, Any], init: dict[str, Any], state: dict[str, torch.Tensor], file: str) -> Self:
         """A model with these weights; sizes are compared before memory is taken for them."""
-        deep = [name for name in DEPTHS if isinstance(init.get(name), int) and init[name] > len(state)]
-        deep += [name for name in DEPTHS if (init.get("published") or {}).get(name, 0) > len(state)]
+        parts = [part for part in (init, init.get("published")) if isinstance(part, dict)]
+        deep = [n for part in parts for n in DEPTHS if isinstance(part.get(n), int | float) and part[n] > len(state)]
         if deep:
             raise PretrainedFileError(f"{deep[0]} is larger than the number of weights in {file}.")
         try:
@@ -288,6 +288,7 @@ class PretrainedMixin:
                 f"The published configuration has {config.n_genes:,} genes and the data {n_genes:,}: load published weights "
                 "with from_pretrained, which matches genes."
             )
+        check_sizes(max_context=max_context)
         self._n_niche = 0
         self.module = PublishedModule(config, max_context=max_context)
         codes = ", ".join(f"{n:,} {name} categories" for name, n in config.covariates.items())
