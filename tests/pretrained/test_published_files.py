@@ -338,9 +338,9 @@ def test_code_is_not_run(
 ) -> None:
     monkeypatch.chdir(mixture_case.prefix.parent)
     weights = mixture_case.weights
-    hostile = Runs(call, *arguments)
-    content = {"model_state_dict": {**weights, "x": hostile}} if place == "weights" else {}
-    refused(checkpoint(content or {"model_state_dict": weights, "x": hostile}), "would have to be run")
+    hostile: dict[str, Any] = {"x": Runs(call, *arguments)}
+    content = {"model_state_dict": weights | hostile} if place == "weights" else {"model_state_dict": weights} | hostile
+    refused(checkpoint(content), "would have to be run")
     assert not Path("TRACE").exists()
 
 

@@ -28,6 +28,7 @@ from cellplm_scvi.pretrained import (
     PretrainedFileError,
     PretrainedReport,
     PublishedCheckpoint,
+    model_card,
     read_own,
     read_published,
     resolve,
@@ -36,6 +37,8 @@ from cellplm_scvi.pretrained import (
 from cellplm_scvi.pretrained._own import CONFIG_FILE, WEIGHTS_FILE, check_state
 
 if TYPE_CHECKING:
+    from scvi.hub import HubModel
+
     from cellplm_scvi.module import CellPLMModule
 
 #: the argument of ``setup_anndata`` behind each registered covariate
@@ -185,6 +188,73 @@ class PretrainedMixin:
         )
         write_own(folder, checkpoint, version("cellplm-scvi"))
 
+    def save_for_hub(
+        self,
+        folder: str | Path,
+        *,
+        license_info: str,
+        description: str = "",
+        references: str = "",
+        save_anndata: bool = False,
+        overwrite: bool = False,
+    ) -> HubModel:
+        """Write a folder to upload to the Hugging Face hub, from where both formats can be loaded.
+
+        It holds what :meth:`save_pretrained` writes, for ``CellPLM.from_pretrained("owner/name")``, and what scvi-tools' hub
+        wants: the model as :meth:`save` writes it, its metadata, and a model card.
+
+        Parameters
+        ----------
+        folder
+            Where to write.
+        license_info
+            Identifier of the licence of the weights, such as ``"cc-by-4.0"``.
+        description, references
+            Text for the card: what the model was trained on, and what to cite.
+        save_anndata
+            Whether to write the AnnData too. Without it, data have to be passed to ``HubModel.load_model``.
+        overwrite
+            Whether to replace a model that is there.
+
+        Returns
+        -------
+        scvi-tools' handle of the folder, whose ``push_to_huggingface_hub("owner/name")`` uploads it.
+
+        Raises
+        ------
+        ImportError
+            Without the packages huggingface_hub and safetensors.
+        FileExistsError
+            If a model is there.
+        """
+        try:
+            import huggingface_hub  # noqa: F401
+        except ImportError:
+            raise ImportError('The hub needs the package huggingface_hub: pip install "cellplm-scvi[hub]".') from None
+        from scvi.hub import HubMetadata, HubModel
+
+        folder = Path(folder).expanduser()
+        self.save_pretrained(folder, overwrite=overwrite)
+        # the folder is there now, and that it may be used has just been checked
+        self.save(str(folder), overwrite=True, save_anndata=save_anndata)  # type: ignore[attr-defined]
+        metadata = HubMetadata.from_dir(
+            str(folder), anndata_version=version("anndata"), model_parent_module=type(self).__module__.split(".")[0]
+        )
+        registry = self.registry_  # type: ignore[attr-defined]
+        card = model_card(
+            type(self).__name__,
+            license_info=license_info,
+            description=description,
+            references=references,
+            summary=f"{self._model_summary_string}.",
+            arguments={name: v for name, v in self.init_params_["non_kwargs"].items() if v is not None},  # type: ignore[attr-defined]
+            setup={name: value for name, value in registry["setup_args"].items() if value is not None},
+            statistics=dict(self.summary_stats),  # type: ignore[attr-defined]
+        )
+        hub_model = HubModel(str(folder), metadata=metadata, model_card=card)
+        hub_model.save(overwrite=True)
+        return hub_model
+
     @property
     def pretrained_report(self) -> PretrainedReport | None:
         """What became of each entry of the files that the weights come from, and how the genes of the AnnData matched.
@@ -232,7 +302,7 @@ class PretrainedMixin:
         defaults = {name: p.default for name, p in parameters if p.default is not inspect.Parameter.empty}
         saved = registry["setup_args"]
         if method == registry["setup_method_name"] and (unknown := [name for name in saved if name not in defaults]):
-            raise PretrainedFileError(f"The set-up of the file has unknown arguments ({some(unknown)}).")
+            raise PretrainedFileError(f"{CONFIG_FILE}: setup_args has unknown arguments ({some(unknown)}).")
         registry["setup_method_name"] = method
         registry["setup_args"] = {name: arguments.get(name, saved.get(name, defaults[name])) for name in defaults}
         fields = registry["field_registries"]

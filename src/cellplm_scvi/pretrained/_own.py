@@ -69,7 +69,7 @@ def write_own(folder: Path, checkpoint: OwnCheckpoint, package_version: str) -> 
         "registry": checkpoint.registry,
         "origin": checkpoint.origin,
     }
-    text = json.dumps(content, default=_plain, allow_nan=False, indent=1)
+    text = json.dumps(content, default=plain, allow_nan=False, indent=1)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in checkpoint.state.items()}
     folder.mkdir(parents=True, exist_ok=True)
     # under other names first: what was there stays whole if the disk is full
@@ -157,7 +157,7 @@ def _safetensors(name: str) -> Any:
     return getattr(safetensors.torch, name)
 
 
-def _plain(value: object) -> Any:
+def plain(value: object) -> Any:
     """NumPy values as JSON has them."""
     if isinstance(value, np.ndarray):
         return value.tolist()
@@ -175,7 +175,9 @@ def _checked_registry(registry: dict[str, Any], file: str) -> dict[str, Any]:
             raise PretrainedFileError(f"{file}: {name} of {where} is {quoted(value)}; a {kind.__name__} is needed.")
         return value
 
-    needed(registry, "setup_args", dict, "registry")
+    for argument, value in needed(registry, "setup_args", dict, "registry").items():
+        if not isinstance(value, str | dict | None):
+            raise PretrainedFileError(f"{file}: {quoted(argument)} of setup_args is {quoted(value)}; a key is needed.")
     needed(registry, "scvi_version", str, "registry")
     method = needed(registry, "setup_method_name", str, "registry")
     if method not in ("setup_anndata", "setup_mudata"):
