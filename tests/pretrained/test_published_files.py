@@ -387,6 +387,14 @@ def test_zip_bomb(mixture_case: Any, checkpoint: Any) -> None:
     refused(checkpoint(content.getvalue()), "compressed")
 
 
+def test_pickle_under_another_case(mixture_case: Any, checkpoint: Any) -> None:
+    """Readers of archives differ in whether the case of a name counts."""
+    content = io.BytesIO(mixture_case.checkpoint_path.read_bytes())
+    with zipfile.ZipFile(content, "a") as archive:
+        archive.writestr("archive/DATA.PKL", pickle.dumps(Runs(os.mkdir, "TRACE"), protocol=2))
+    refused(checkpoint(content.getvalue()), "would have to be run")
+
+
 def test_overlapping_parts(mixture_case: Any, checkpoint: Any) -> None:
     """Thousands of directory entries for the same bytes."""
     content = io.BytesIO()

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from anndata import AnnData
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cellplm_scvi
@@ -75,13 +75,13 @@ def test_published_numbers(case_named: Any) -> None:
         np.testing.assert_allclose(found, case.arrays["eval/z"], atol=1e-5)
 
 
+@settings(max_examples=4)
 @given(seed=st.integers(0, 2**32 - 1))
-def test_order_of_cells_and_genes(seed: int, load: Any, published_data: AnnData) -> None:
+def test_order_of_cells_and_genes(seed: int, load: Any, published_data: AnnData, embedding: np.ndarray) -> None:
     rng = np.random.default_rng(seed)
     cells, genes = rng.permutation(published_data.n_obs), rng.permutation(published_data.n_vars)
-    expected = load(published_data.copy()).get_latent_representation()
     found = load(published_data[cells, genes].copy()).get_latent_representation()
-    np.testing.assert_allclose(found, expected[cells], atol=ROUNDING)
+    np.testing.assert_allclose(found, embedding[cells], atol=ROUNDING)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.7])
@@ -131,7 +131,7 @@ def test_result_is_aligned(load: Any, published_data: AnnData, embedding: np.nda
     for section in "abc":
         here = (published_data.obs["section"] == section).to_numpy()
         alone = load(published_data[here].copy()).get_latent_representation()
-        np.testing.assert_allclose(found[here], alone, atol=1e-6)
+        np.testing.assert_allclose(found[here], alone, atol=ROUNDING)
     assert not np.allclose(found, embedding, atol=1e-2)  # a cell's company matters
     np.testing.assert_array_equal(model.get_latent_representation(indices=[7, 3, 30]), found[[7, 3, 30]])
     expression = model.get_normalized_expression()

@@ -18,6 +18,8 @@ from ._errors import PretrainedFileError, listed, quoted
 WEIGHTS_KEY = "model_state_dict"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_ENTRIES = 100_000
+#: names and shapes; the values of tensors lie beside it
+MAX_PICKLE_BYTES = 64 * 2**20
 #: what ``DistributedDataParallel`` puts before each key
 PARALLEL_PREFIX = "module."
 
@@ -83,9 +85,10 @@ def check_archive(path: Path) -> None:
             if sum(part.file_size for part in parts) > size:
                 raise PretrainedFileError(f"{path.name} claims to hold more than its {size:,} bytes: it is corrupt.")
             damaged = archive.testzip()
-            called = [
-                name for part in parts if part.filename.endswith("data.pkl") for name in _calls(archive.read(part))
-            ]
+            pickles = [part for part in parts if part.filename.lower().endswith(".pkl")]
+            if any(part.file_size > MAX_PICKLE_BYTES for part in pickles):
+                raise PretrainedFileError(f"{path.name} holds a pickle of an implausible size.")
+            called = [name for part in pickles for name in _calls(archive.read(part))]
     except PretrainedFileError:
         raise
     except Exception as error:  # noqa: BLE001 - as above
@@ -103,8 +106,11 @@ def check_archive(path: Path) -> None:
 
 def _calls(pickled: bytes) -> list[str]:
     """Names that a pickle imports, found without running it."""
-    found = [(opcode.name, argument) for opcode, argument, _ in pickletools.genops(pickled)]
-    return [str(argument) if name == "GLOBAL" else name for name, argument in found if name in IMPORTS]
+    return [
+        str(argument) if opcode.name == "GLOBAL" else opcode.name
+        for opcode, argument, _ in pickletools.genops(pickled)
+        if opcode.name in IMPORTS
+    ]
 
 
 def _check_tensor(key: Any, tensor: Any, file: str) -> None:
