@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
+from copy import deepcopy
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import scvi
@@ -33,9 +35,13 @@ from cellplm_scvi.pretrained import (
 )
 from cellplm_scvi.pretrained._own import CONFIG_FILE, WEIGHTS_FILE, check_state
 
+from ._extension import describe_added, extend, unknown_categories, unknown_genes, unseen_is_expected
+
 if TYPE_CHECKING:
     from cellplm_scvi.genes._tables import Organism
     from cellplm_scvi.module import CellPLMModule
+
+    from ._cellplm import CellPLM
 
 #: the argument of ``setup_anndata`` behind each registered covariate
 KEY_ARGUMENTS = {
@@ -57,9 +63,11 @@ class PretrainedMixin:
     @classmethod
     def from_pretrained(
         cls,
-        path_or_name: str | Path,
+        path_or_name: str | Path | CellPLM,
         adata: AnnOrMuData | None = None,
         *,
+        new_categories: Literal["mean", "add"] = "mean",
+        new_genes: Literal["ignore", "add"] = "ignore",
         organism: Organism = "human",
         revision: str | None = None,
         cache_dir: str | Path | None = None,
@@ -76,14 +84,24 @@ class PretrainedMixin:
         (with or without version) or by symbol, see :func:`cellplm_scvi.genes.map_genes`. How they matched is logged; a
         warning says so if they hold less than half of the counts.
 
+        To train it further on the AnnData with :meth:`train`, let it learn what is new there with ``new_categories`` and
+        ``new_genes``.
+
         Parameters
         ----------
         path_or_name
             A folder that :meth:`save_pretrained` wrote; the common prefix, with its folder, of a published model's
-            ``PREFIX.config.json`` and ``PREFIX.best.ckpt``; or ``"owner/name"`` on the Hugging Face hub.
+            ``PREFIX.config.json`` and ``PREFIX.best.ckpt``; ``"owner/name"`` on the Hugging Face hub; or a trained model,
+            which stays as it is.
         adata
             AnnData to attach; it need not be set up. ``None``: pass it to each method, such as
             :meth:`get_latent_representation`.
+        new_categories
+            What batches, platforms and data sets that the model does not know contribute to the decoder: the ``"mean"`` of
+            those that it knows, or, with ``"add"``, a contribution of their own, which starts there.
+        new_genes
+            Whether to ``"ignore"`` genes that the model does not know, or to ``"add"`` them. An added gene starts with an
+            embedding of zero and at its share of the counts; embeddings of cells are not changed by it before training.
         organism
             Whose genes the data name: ``"human"``, or ``"mouse"`` to use their human orthologues.
         revision, cache_dir
@@ -111,9 +129,59 @@ class PretrainedMixin:
         --------
         >>> model = CellPLM.from_pretrained("ckpt/20230926_85M", adata, sample_key="section")
         >>> adata.obsm["X_cellplm"] = model.get_latent_representation()
+
+        >>> model = CellPLM.from_pretrained("folder", adata, batch_key="donor", new_categories="add", new_genes="add")
+        >>> model.train(freeze="encoder")
         """
-        files = resolve(path_or_name, revision=revision, cache_dir=cache_dir)
+        check_choices(new_categories=new_categories, new_genes=new_genes)
+        adding = new_categories == "add" or new_genes == "add"
+        if adding and adata is None:
+            raise ValueError("Pass the AnnData whose categories or genes are to be added.")
+        with unseen_is_expected() if adding else nullcontext():
+            model = cls._attached(path_or_name, adata, setup, organism, revision, cache_dir, accelerator, device)
+        if not adding:
+            return model
+        categories = unknown_categories(model) if new_categories == "add" else {}
+        genes = unknown_genes(model) if new_genes == "add" else []
+        model = extend(model, categories, genes) if categories or genes else model
+        report = model.pretrained_report_ or {}
+        model.pretrained_report_ = report | {"notes": [*report["notes"], *describe_added(categories, genes)]}
+        return model
+
+    @classmethod
+    def _attached(
+        cls,
+        source: str | Path | CellPLM,
+        adata: AnnOrMuData | None,
+        setup: dict[str, Any],
+        organism: Organism | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        accelerator: str = "auto",
+        device: int | str = "auto",
+    ) -> Self:
+        """The model of the files, or a copy of a model, with an AnnData."""
         method, arguments = cls._setup_of(adata, setup)
+        if isinstance(source, PretrainedMixin):
+            registry, init, state, report = source._parts()
+            file = "the model"
+        else:
+            registry, init, state, report, file = cls._read(source, revision, cache_dir)
+        _set_up_as(registry, method, arguments, organism, inspect.signature(cls.setup_anndata).parameters)  # type: ignore[attr-defined]
+        model = cls._build(registry, init, state, file)
+        model.pretrained_report_ = report
+        _, _, where = parse_device_args(
+            accelerator=accelerator, devices=device, return_device="torch", validate_single_device=True
+        )
+        model.to_device(where)  # type: ignore[attr-defined]
+        if adata is not None:
+            model.adata = adata  # type: ignore[attr-defined]
+        return model
+
+    @classmethod
+    def _read(cls, path_or_name: str | Path, revision: str | None, cache_dir: str | Path | None) -> tuple[Any, ...]:
+        """Registry, arguments of the constructor, weights and report of a model's files, and the name of one of them."""
+        files = resolve(path_or_name, revision=revision, cache_dir=cache_dir)
         if files.format == "published":
             found = read_published(files.config, files.weights, source=files.source)
             registry = published_registry(found, cls.__name__)
@@ -127,16 +195,20 @@ class PretrainedMixin:
                 )
             registry, init, state = own.registry, own.init, own.state
             report = _report_of(own, files.source)
-        _set_up_as(registry, method, arguments, organism, inspect.signature(cls.setup_anndata).parameters)  # type: ignore[attr-defined]
-        model = cls._build(registry, init, state, files.weights.name)
-        model.pretrained_report_ = report
-        _, _, where = parse_device_args(
-            accelerator=accelerator, devices=device, return_device="torch", validate_single_device=True
+        return registry, init, state, report, files.weights.name
+
+    def _parts(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, torch.Tensor], dict[str, Any]]:
+        """Registry, arguments of the constructor, weights and report, as if the model came from files."""
+        if not self.is_trained_:  # type: ignore[attr-defined]
+            raise ValueError("This model is not trained: there is nothing to go on from. Call train() first.")
+        init = {name: value for name, value in self.init_params_["non_kwargs"].items() if value is not None}  # type: ignore[attr-defined]
+        report = PretrainedReport(
+            source=f"a trained {type(self).__name__}",
+            format="cellplm-scvi",
+            used={name: name for name in self.module.state_dict()},
+            config_used=init,
         )
-        model.to_device(where)  # type: ignore[attr-defined]
-        if adata is not None:
-            model.adata = adata  # type: ignore[attr-defined]
-        return model
+        return deepcopy(_portable(self.registry_)), init, self.module.state_dict(), report.to_dict()  # type: ignore[attr-defined]
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write weights (safetensors) and everything else (JSON) to a folder that :meth:`from_pretrained` reads.
@@ -196,7 +268,8 @@ class PretrainedMixin:
             raise TypeError(f"from_pretrained got {some(unknown)}, which setup_anndata does not take.")
         manager = None
         if adata is not None and not setup and SCVI_UUID_KEY in adata.uns:
-            manager = cls._get_most_recent_anndata_manager(adata)  # type: ignore[attr-defined]
+            with suppress(ValueError):  # a copy of an AnnData that was set up is not set up itself
+                manager = cls._get_most_recent_anndata_manager(adata)  # type: ignore[attr-defined]
         if manager is not None:
             registry = manager.registry
             return registry["setup_method_name"], dict(registry["setup_args"])
@@ -286,10 +359,11 @@ def _set_up_as(
     registry: dict[str, Any],
     method: str,
     arguments: dict[str, Any],
-    organism: str,
+    organism: str | None,
     parameters: Mapping[str, inspect.Parameter],
 ) -> None:
-    """Let the registry ask for the set-up of the user, and match genes by what their names mean."""
+    """Let the registry ask for the set-up of the user, and match genes by what their names mean, given an organism."""
+    _admit_covariates(registry, arguments)
     if arguments and method != registry["setup_method_name"]:
         registry["setup_args"] = {}
     registry["setup_method_name"] = method if arguments else registry["setup_method_name"]
@@ -301,10 +375,39 @@ def _set_up_as(
             raise PretrainedFileError(f"The set-up of the file has unknown arguments ({some(unknown)}).")
         registry["setup_args"] = defaults | registry["setup_args"]
     fields = registry["field_registries"]
-    fields[c.X_KEY]["state_registry"][ORGANISM_KEY] = organism
+    if organism is not None:
+        fields[c.X_KEY]["state_registry"][ORGANISM_KEY] = organism
     for name, argument in KEY_ARGUMENTS.items():
         if name in fields and arguments.get(argument) is not None:
             fields[name]["state_registry"][CovariateField.ORIGINAL_ATTR_KEY] = arguments[argument]
+
+
+def _admit_covariates(registry: dict[str, Any], arguments: Mapping[str, Any]) -> None:
+    """Let the data have covariates that the model was set up without: all their categories are then unseen."""
+    fields = registry["field_registries"]
+    for name in c.COVARIATES:
+        if arguments.get(KEY_ARGUMENTS[name]) is None or registry["setup_args"].get(KEY_ARGUMENTS[name]) is not None:
+            continue
+        state = fields[name]["state_registry"] if name in fields else {CovariateField.N_KNOWN_KEY: 0}
+        if state.get(UNNAMED_KEY):
+            continue
+        n_known = state[CovariateField.N_KNOWN_KEY]
+        names = np.asarray([f"(without {KEY_ARGUMENTS[name]})"] * n_known, dtype=object)
+        state = state | {CovariateField.CATEGORICAL_MAPPING_KEY: names, CovariateField.N_KNOWN_KEY: n_known}
+        fields[name] = {
+            "data_registry": {"attr_name": "obs", "attr_key": f"_scvi_{name}"},
+            "summary_stats": {f"n_{name}": n_known},
+            **fields.get(name, {}),
+            "state_registry": state | {UNNAMED_KEY: True},
+        }
+
+
+def check_choices(*, new_categories: str, new_genes: str) -> None:
+    """Raise if an option is not one of its words."""
+    if new_categories not in ("mean", "add"):
+        raise ValueError(f'new_categories="{new_categories}" is not "mean" or "add".')
+    if new_genes not in ("ignore", "add"):
+        raise ValueError(f'new_genes="{new_genes}" is not "ignore" or "add".')
 
 
 def _portable(registry: Mapping[str, Any]) -> dict[str, Any]:
