@@ -363,6 +363,13 @@ def _set_up_as(
     parameters: Mapping[str, inspect.Parameter],
 ) -> None:
     """Let the registry ask for the set-up of the user, and match genes by what their names mean, given an organism."""
+    # what the network was built for stays registered, so that it can be built again; data may lack it
+    built_for = [*(KEY_ARGUMENTS[name] for name in c.COVARIATES), "spatial_key"]
+    arguments = {
+        name: value
+        for name, value in arguments.items()
+        if value is not None or name not in built_for or registry["setup_args"].get(name) is None
+    }
     _admit_covariates(registry, arguments)
     if arguments and method != registry["setup_method_name"]:
         registry["setup_args"] = {}

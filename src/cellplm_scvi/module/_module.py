@@ -217,10 +217,12 @@ class CellPLMModule(BaseModuleClass):
         def targets(values: Tensor) -> Tensor:
             return values[tensors["target"]] if "target" in tensors else values
 
+        # data may be set up without a covariate that the decoder knows: -1 stands for an absent category
+        absent = torch.full_like(tensors["batch"], -1)
         return {
             "z": inference_outputs["z"],
             "library": inference_outputs["library"],
-            "covariates": {name: targets(tensors[name]) for name in self.decoder.codes},  # type: ignore[literal-required]
+            "covariates": {name: targets(tensors.get(name, absent)) for name in self.decoder.codes},  # type: ignore[call-overload]
             "measured": tensors.get("measured"),
             "panel": targets(tensors["panel"]) if "panel" in tensors else None,
         }
