@@ -61,7 +61,9 @@ def load_task(folder: Path, name: str) -> tuple[ad.AnnData, list[list[str]]]:
     adata = adata[adata.obs[LABEL].notna()].copy()
     adata.obs[BATCH] = adata.obs[BATCH].astype(str).astype("category")
     if n_cells is not None and n_cells < adata.n_obs:
-        rows, _ = train_test_split(np.arange(adata.n_obs), train_size=n_cells, stratify=adata.obs[BATCH], random_state=0)
+        rows, _ = train_test_split(
+            np.arange(adata.n_obs), train_size=n_cells, stratify=adata.obs[BATCH], random_state=0
+        )
         adata = adata[np.sort(rows)].copy()
     batches = list(adata.obs[BATCH].cat.categories)
     return adata, [[b] for b in batches] if len(batches) < 4 else [batches[-2:]]

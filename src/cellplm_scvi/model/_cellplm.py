@@ -170,9 +170,7 @@ class CellPLM(
             f"n_hidden: {n_hidden}, n_layers: {n_layers}, n_heads: {n_heads}, n_latent: {n_latent}, "
             f"encoder: {encoder}, latent: {latent}{f' ({n_components})' if latent == 'mixture' else ''}, "
             f"position: {position if n_dims else 'none (no coordinates)'}; {n_cells:,} cells in {n_samples:,} samples, "
-            + ", ".join(
-                f"{n + self._extension.n_added(name):,} {name} categories" for name, n in categories.items()
-            )
+            + ", ".join(f"{n + self._extension.n_added(name):,} {name} categories" for name, n in categories.items())
         )
         self.init_params_ = self._get_init_params(locals())
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pandas as pd
@@ -21,8 +21,6 @@ from cellplm_scvi.nn._nb import log_total
 
 if TYPE_CHECKING:
     from ._cellplm import CellPLM
-
-    Model = TypeVar("Model", bound=CellPLM)
 
 #: cells that the level of the logits is measured on
 N_CALIBRATION_CELLS = 1024
@@ -119,7 +117,9 @@ def unknown_genes(model: CellPLM) -> list[str]:
     return list(unknown)
 
 
-def extend(model: Model, categories: Mapping[str, list[Any]], genes: list[str], *, query: bool = False) -> Model:
+def extend[Model: CellPLM](
+    model: Model, categories: Mapping[str, list[Any]], genes: list[str], *, query: bool = False
+) -> Model:
     """A model that knows more categories and genes, with the AnnData of the one given.
 
     Added categories contribute what an unseen one does, and added genes say nothing of a cell and are expected at their
@@ -140,7 +140,9 @@ def extend(model: Model, categories: Mapping[str, list[Any]], genes: list[str], 
     if not model.module.decoders:
         raise ValueError("This checkpoint has no decoder: there is nothing to add categories or genes to.")
     module = deepcopy(model.module)
-    sizes = {name: (_state(model.registry_, name)[CovariateField.N_KNOWN_KEY], len(new)) for name, new in categories.items()}
+    sizes = {
+        name: (_state(model.registry_, name)[CovariateField.N_KNOWN_KEY], len(new)) for name, new in categories.items()
+    }
     if genes:
         module.add_genes(_start_biases(model, genes))
     if sizes:
@@ -165,7 +167,9 @@ def _state(registry: Mapping[str, Any], name: str) -> dict[str, Any]:
     return registry["field_registries"][name]["state_registry"]
 
 
-def _grown_registry(registry: Mapping[str, Any], categories: Mapping[str, list[Any]], genes: list[str]) -> dict[str, Any]:
+def _grown_registry(
+    registry: Mapping[str, Any], categories: Mapping[str, list[Any]], genes: list[str]
+) -> dict[str, Any]:
     fields = dict(registry["field_registries"])
     for name, new in categories.items():
         state = {key: value for key, value in fields[name]["state_registry"].items() if key != UNNAMED_KEY}
@@ -211,7 +215,9 @@ def _start_biases(model: CellPLM, genes: list[str]) -> list[torch.Tensor]:
 def unseen_is_expected() -> Iterator[None]:
     """Say nothing of categories and genes that the model does not know, since they are about to be added."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*(has not seen|unknown to the model|Unknown genes)", category=UserWarning)
+        warnings.filterwarnings(
+            "ignore", message=".*(has not seen|unknown to the model|Unknown genes)", category=UserWarning
+        )
         yield
 
 

@@ -10,7 +10,7 @@ from cellplm_scvi._compat import AnnOrMuData
 from cellplm_scvi.data._checks import some
 
 from ._extension import describe_added, extend, unknown_categories, unseen_is_expected
-from ._pretrained import KEY_ARGUMENTS, PretrainedMixin
+from ._pretrained import KEY_ARGUMENTS
 
 if TYPE_CHECKING:
     from ._cellplm import CellPLM

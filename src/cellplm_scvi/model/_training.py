@@ -114,7 +114,11 @@ class TrainingMixin:
                 early_stopping=early_stopping,
                 callbacks=callbacks,
                 # the samplers share their minibatches out among ranks themselves
-                **({"use_distributed_sampler": False} if use_distributed_sampler(trainer_kwargs.get("strategy")) else {}),
+                **(
+                    {"use_distributed_sampler": False}
+                    if use_distributed_sampler(trainer_kwargs.get("strategy"))
+                    else {}
+                ),
                 **{"gradient_clip_val": 1.0, **trainer_kwargs},
             )()
 
