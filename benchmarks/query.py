@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from _common import (
     markdown_table,
     read_dataset,
     seed_everything,
-    timed,
     versions,
 )
 from sklearn.decomposition import PCA
@@ -36,15 +35,17 @@ from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 BATCH, LABEL = "batch", "cell_type"
 N_NEIGHBORS = 15
-KEY = ("dataset", "query", "method", "seed", "kwargs")
+KEY = ("dataset", "method", "seed", "kwargs")
 PACKAGES = ("cellplm-scvi", "scvi-tools", "torch", "scib-metrics")
 QUIET = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False}
 
-#: file, queries (each a list of batches), and cells to keep
-TASKS: dict[str, tuple[str, list[list[str]], int | None]] = {
-    "chemistries": ("pbmc_3chemistries_symphony", [], None),
-    "donors": ("kang2018_ctrl_8donors", [], 4000),
+#: file, batches of the query, and cells to keep
+TASKS: dict[str, tuple[str, list[str], int | None]] = {
+    "chemistries": ("pbmc_3chemistries_symphony", ["5p"], None),
+    "donors": ("kang2018_ctrl_8donors", ["donor_1256", "donor_1488"], 4000),
 }
+#: of the reference's cells and of the query's, and the negative ELBO of the query, nats a cell
+Embedded = tuple[np.ndarray, np.ndarray, float | None]
 TITLES = {
     "pca": "PCA of the reference",
     "zero_shot": "CellPLM, zero-shot",
@@ -52,11 +53,12 @@ TITLES = {
     "query_all": "CellPLM, load_query_data, train(freeze=None)",
     "scvi": "scVI, load_query_data, train",
 }
+CELLPLM = ("zero_shot", "query", "query_all")
 
 
-def load_task(folder: Path, name: str) -> tuple[ad.AnnData, list[list[str]]]:
-    """Return the cells of a task and its queries: each batch in turn, or two donors of eight."""
-    file, _, n_cells = TASKS[name]
+def load_task(folder: Path, name: str) -> tuple[ad.AnnData, ad.AnnData]:
+    """Return reference and query of a task."""
+    file, batches, n_cells = TASKS[name]
     adata = read_dataset(folder, file)
     adata = adata[adata.obs[LABEL].notna()].copy()
     adata.obs[BATCH] = adata.obs[BATCH].astype(str).astype("category")
@@ -65,11 +67,11 @@ def load_task(folder: Path, name: str) -> tuple[ad.AnnData, list[list[str]]]:
             np.arange(adata.n_obs), train_size=n_cells, stratify=adata.obs[BATCH], random_state=0
         )
         adata = adata[np.sort(rows)].copy()
-    batches = list(adata.obs[BATCH].cat.categories)
-    return adata, [[b] for b in batches] if len(batches) < 4 else [batches[-2:]]
+    is_query = adata.obs[BATCH].isin(batches).to_numpy()
+    return adata[~is_query].copy(), adata[is_query].copy()
 
 
-def embed_pca(reference: ad.AnnData, query: ad.AnnData) -> tuple[np.ndarray, np.ndarray]:
+def embed_pca(reference: ad.AnnData, query: ad.AnnData) -> Embedded:
     """Return 50 principal components of the reference, and the query's cells on them."""
 
     def normalised(adata: ad.AnnData) -> np.ndarray:
@@ -79,32 +81,32 @@ def embed_pca(reference: ad.AnnData, query: ad.AnnData) -> tuple[np.ndarray, np.
         return copy.X.toarray()
 
     pca = PCA(50, random_state=0).fit(normalised(reference))
-    return pca.transform(normalised(reference)), pca.transform(normalised(query))
+    return pca.transform(normalised(reference)), pca.transform(normalised(query)), None
 
 
 def embed_cellplm(
-    reference: ad.AnnData, query: ad.AnnData, methods: list[str], train_kwargs: dict[str, Any]
-) -> dict[str, tuple[Callable[[], tuple[np.ndarray, np.ndarray]], None]]:
-    """Train one reference, and return what computes the embeddings of reference and query by each method."""
+    reference: ad.AnnData, query: ad.AnnData, methods: list[str], kwargs: dict[str, Any]
+) -> dict[str, Callable[[], Embedded]]:
+    """Train one reference, and return what maps the query onto it by each method."""
     from cellplm_scvi import CellPLM
 
     CellPLM.setup_anndata(reference, batch_key=BATCH)
     model = CellPLM(reference)
-    model.train(**QUIET)
+    model.train(**(QUIET | kwargs))
 
-    def embed(method: str) -> tuple[np.ndarray, np.ndarray]:
-        new = query.copy()
-        if method == "zero_shot":
-            return model.get_latent_representation(), model.get_latent_representation(new)
-        mapped = CellPLM.load_query_data(new, model, accelerator="cpu")
-        freeze = {} if method == "query" else {"freeze": None, "plan_kwargs": {"lr": 1e-4}}
-        mapped.train(**(QUIET | freeze | train_kwargs))
-        return mapped.get_latent_representation(reference.copy()), mapped.get_latent_representation()
+    def embed(method: str) -> Embedded:
+        mapped, new = model, query.copy()
+        if method != "zero_shot":
+            mapped = CellPLM.load_query_data(new, model, accelerator="cpu")
+            unfrozen = {"freeze": None, "plan_kwargs": {"lr": 1e-4}} if method == "query_all" else {}
+            mapped.train(**(QUIET | unfrozen | kwargs))
+        z_reference = mapped.get_latent_representation(reference.copy())
+        return z_reference, mapped.get_latent_representation(new), -float(mapped.get_elbo(new))
 
-    return {method: (lambda method=method: embed(method)) for method in methods}
+    return {method: partial(embed, method) for method in methods}
 
 
-def embed_scvi(reference: ad.AnnData, query: ad.AnnData) -> tuple[np.ndarray, np.ndarray]:
+def embed_scvi(reference: ad.AnnData, query: ad.AnnData) -> Embedded:
     """Return scVI's embeddings with the settings that its tutorial of query mapping recommends."""
     from scvi.model import SCVI
 
@@ -116,7 +118,7 @@ def embed_scvi(reference: ad.AnnData, query: ad.AnnData) -> tuple[np.ndarray, np
     new = query.copy()
     mapped = SCVI.load_query_data(new, model, accelerator="cpu")
     mapped.train(max_epochs=200, plan_kwargs={"weight_decay": 0.0}, **QUIET)
-    return mapped.get_latent_representation(reference), mapped.get_latent_representation()
+    return mapped.get_latent_representation(reference), mapped.get_latent_representation(), None
 
 
 def score(reference: ad.AnnData, query: ad.AnnData, z_reference: np.ndarray, z_query: np.ndarray) -> dict[str, float]:
@@ -141,42 +143,35 @@ def score(reference: ad.AnnData, query: ad.AnnData, z_reference: np.ndarray, z_q
 def run(args: argparse.Namespace, results: ResultFile) -> None:
     """Compute and append every result that is not on file."""
     for name in args.datasets:
-        adata, queries = load_task(args.data, name)
-        for batches in queries:
-            is_query = adata.obs[BATCH].isin(batches).to_numpy()
-            reference, query = adata[~is_query].copy(), adata[is_query].copy()
-            for seed in args.seeds:
-                run_seed(args, results, reference, query, {"dataset": name, "query": ", ".join(batches), "seed": seed})
+        reference, query = load_task(args.data, name)
+        for seed in args.seeds:
+            run_seed(args, results, reference, query, {"dataset": name, "seed": seed})
 
 
 def run_seed(args: argparse.Namespace, results: ResultFile, reference: ad.AnnData, query: ad.AnnData, row: Row) -> None:
-    """All methods with one seed."""
+    """Run what is missing of one seed; the methods of CellPLM share a reference."""
     seed = row["seed"]
-    rows = {
-        method: {**row, "method": method, "kwargs": args.train_kwargs if method.startswith("query") else {}}
-        for method in args.methods
-        if method != "pca" or seed == args.seeds[0]
-    }
+    methods = [method for method in args.methods if method != "pca" or seed == args.seeds[0]]
+    rows = {m: {**row, "method": m, "kwargs": args.train_kwargs if m in CELLPLM else {}} for m in methods}
     missing = [method for method, key in rows.items() if key not in results]
-    ours = [method for method in missing if method in ("zero_shot", "query", "query_all")]
+    ours = [method for method in missing if method in CELLPLM]
     seed_everything(seed, args.threads)
-    embed: dict[str, Any] = {
+    embed: dict[str, Callable[[], Embedded]] = {
         "pca": lambda: embed_pca(reference, query),
         "scvi": lambda: embed_scvi(reference.copy(), query),
     }
     embed |= embed_cellplm(reference.copy(), query, ours, args.train_kwargs) if ours else {}
     for method in missing:
         seed_everything(seed, args.threads)
-        embeddings, seconds = timed(embed[method])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            scores = {key: round(value, 4) for key, value in score(reference, query, *embeddings).items()}
-        results.append({**rows[method], **scores, "seconds": round(seconds, 1), "versions": versions(*PACKAGES)})
+        z_reference, z_query, loss = embed[method]()
+        scores = {key: round(value, 4) for key, value in score(reference, query, z_reference, z_query).items()}
+        scores |= {} if loss is None else {"negative_elbo": round(loss, 2)}
+        results.append({**rows[method], **scores, "versions": versions(*PACKAGES)})
         print(row, method, scores, flush=True)
 
 
 def table(rows: list[Row], datasets: list[str]) -> str:
-    """Return the Markdown table: mean ± standard deviation over queries and seeds."""
+    """Return the Markdown table: mean ± standard deviation over seeds."""
     columns = {
         "accuracy": ("accuracy", 3),
         "macro_f1": ("macro-F1", 3),
@@ -184,7 +179,12 @@ def table(rows: list[Row], datasets: list[str]) -> str:
         "silhouette_batch": ("batch silhouette", 3),
     }
     wanted = [{**row, "method": TITLES[row["method"]]} for row in rows if row["dataset"] in datasets]
-    return markdown_table(wanted, ("dataset", "method", "kwargs"), columns, [*TASKS, *TITLES.values()])
+    order = [*TASKS, *TITLES.values()]
+    trained = [row for row in wanted if "negative_elbo" in row]
+    likelihoods = markdown_table(
+        trained, ("dataset", "method", "kwargs"), {"negative_elbo": ("negative ELBO of the query", 1)}, order
+    )
+    return markdown_table(wanted, ("dataset", "method", "kwargs"), columns, order) + "\n\n" + likelihoods
 
 
 def parse_args() -> argparse.Namespace:
@@ -195,7 +195,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--datasets", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=TITLES, default=list(TITLES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--train-kwargs", type=json.loads, default={}, help="JSON for train(...) of CellPLM's query")
+    parser.add_argument("--train-kwargs", type=json.loads, default={}, help="JSON for train(...) of CellPLM")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table", action="store_true", help="print the Markdown table of what is on file, run nothing")
     return parser.parse_args()

@@ -154,6 +154,12 @@ def test_a_loaded_model_is_trained_with_masking_and_dropout(model, new_data, mon
     assert all(modes)
 
 
+def test_training_with_categories_that_were_not_added_is_warned_about(model, new_data, train):
+    zero_shot = CellPLM.from_pretrained(model, new_data, accelerator="cpu")
+    with pytest.warns(UserWarning, match='no contribution of its own for batch "new"; dataset "three"'):
+        train(zero_shot)
+
+
 def test_wrong_words(model, new_data):
     with pytest.raises(ValueError, match='new_genes="all" is not "ignore" or "add"'):
         CellPLM.from_pretrained(model, new_data, new_genes="all")

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from scvi.train import TrainRunner
 
 from cellplm_scvi._compat import devices_dsp, use_distributed_sampler
+from cellplm_scvi.data._checks import some, warn
 from cellplm_scvi.data._splitter import SampleSplitter
 from cellplm_scvi.module import PublishedModule
 from cellplm_scvi.nn import MixtureLatent
 from cellplm_scvi.train import CellPLMTrainingPlan, Freeze, PlaceMixtureComponents, frozen
 
 from ._defaults import default_batch_size, default_max_epochs
+from ._extension import unknown_categories
 
 if TYPE_CHECKING:
     from lightning import LightningDataModule
@@ -96,6 +98,11 @@ class TrainingMixin:
         if isinstance(data, SampleSplitter):
             if early_stopping and data.n_val == 0:
                 raise ValueError("early_stopping watches validation cells; there are none. Use a train_size below 1.")
+        if self.adata is not None and (new := unknown_categories(self)):  # type: ignore[attr-defined, arg-type]
+            warn(
+                f"The model has no contribution of its own for {'; '.join(f'{name} {some(n)}' for name, n in new.items())}: "
+                'these train with the mean one. from_pretrained(..., new_categories="add") or load_query_data add them.'
+            )
         freeze = self._default_freeze if freeze == "auto" else freeze  # type: ignore[attr-defined]
         plan_kwargs = self._plan_defaults(max_epochs, freeze) | (plan_kwargs or {})
         callbacks = list(trainer_kwargs.pop("callbacks", None) or [])
