@@ -222,7 +222,7 @@ class CellPLMModule(BaseModuleClass):
         return {
             "z": inference_outputs["z"],
             "library": inference_outputs["library"],
-            "covariates": {name: targets(tensors.get(name, absent)) for name in self.decoder.codes},  # type: ignore[call-overload]
+            "covariates": {name: targets(tensors.get(name, absent)) for name in self.decoder.codes},  # type: ignore[arg-type]
             "measured": tensors.get("measured"),
             "panel": targets(tensors["panel"]) if "panel" in tensors else None,
         }

@@ -52,8 +52,8 @@ def frozen(module: CellPLMModule, freeze: Freeze | None) -> Iterator[None]:
 
 
 def _resting(module: CellPLMModule, freeze: Freeze) -> list[nn.Module]:
-    parts = {"embedder": [module.embedder, module.position]}
-    parts["encoder"] = [*parts["embedder"], module.encoder]
+    embedder: list[nn.Module | None] = [module.embedder, module.position]
+    parts = {"embedder": embedder, "encoder": [*embedder, module.encoder]}
     return [part for part in parts.get(freeze, [module]) if part is not None]
 
 

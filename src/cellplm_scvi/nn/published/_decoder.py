@@ -122,7 +122,7 @@ class PublishedDecoder(nn.Module):
 
     def tables(self, covariate: str) -> list[nn.Module]:
         """The tables of a covariate, one a layer."""
-        return [layer.codes[covariate] for layer in self.layers]  # type: ignore[union-attr, operator, index]
+        return [layer.codes[covariate] for layer in self.layers]  # type: ignore[union-attr, operator, index, misc]
 
     def surface(self) -> list[nn.Parameter]:
         """What belongs to single categories and single genes."""
