@@ -12,7 +12,7 @@ from scvi.model.base import BaseModelClass
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import AnnOrMuData, copy_if_view, setup_anndata_dsp
 from cellplm_scvi.data._checks import check_library, check_sizes, some, warn
-from cellplm_scvi.data._fields import CovariateField, make_fields
+from cellplm_scvi.data._fields import make_fields
 from cellplm_scvi.data._loader import SpatialInputs
 from cellplm_scvi.data._table import CellTable
 from cellplm_scvi.module import CellPLMModule
@@ -21,7 +21,10 @@ from cellplm_scvi.nn import Encoder, GeneMasking, Latent, Position
 from ._defaults import default_hidden, default_latent, default_layers
 from ._embedding import EmbeddingMixin
 from ._expression import ExpressionMixin
+from ._extension import Extension, ExtensionMixin
+from ._hub import HubMixin
 from ._pretrained import PretrainedMixin
+from ._query import QueryMixin
 from ._training import TrainingMixin
 
 if TYPE_CHECKING:
@@ -29,7 +32,16 @@ if TYPE_CHECKING:
     from mudata import MuData
 
 
-class CellPLM(EmbeddingMixin, ExpressionMixin, TrainingMixin, PretrainedMixin, BaseModelClass):
+class CellPLM(
+    EmbeddingMixin,
+    ExpressionMixin,
+    TrainingMixin,
+    PretrainedMixin,
+    HubMixin,
+    QueryMixin,
+    ExtensionMixin,
+    BaseModelClass,
+):
     """Cell language model: a transformer whose tokens are cells and whose sentences are tissue samples (Wen et al. 2024).
 
     Parameters
@@ -73,6 +85,8 @@ class CellPLM(EmbeddingMixin, ExpressionMixin, TrainingMixin, PretrainedMixin, B
     published
         Configuration of a published model, which :meth:`from_pretrained` sets; of the other sizes only ``max_context`` then
         matters.
+    extension
+        What was added to a trained model, which :meth:`from_pretrained` and :meth:`load_query_data` set.
     registry
         Registry of an AnnData set-up, instead of ``adata``.
 
@@ -107,13 +121,16 @@ class CellPLM(EmbeddingMixin, ExpressionMixin, TrainingMixin, PretrainedMixin, B
         input_normalization: str = "library",
         max_context: int = 8192,
         published: dict[str, Any] | None = None,
+        extension: dict[str, Any] | None = None,
         registry: dict | None = None,
     ):
         super().__init__(adata, registry)
         if adata is not None:
             self.adata_manager.validate()  # the AnnData may hold the codes of another set-up
+        self._extension = Extension.from_dict(extension)
         if published is not None:
             self._build_published(published, max_context)
+            self._add_categories()
             self.init_params_ = self._get_init_params(locals())
             return
         check_words(encoder=encoder, latent=latent, position=position, input_normalization=input_normalization)
@@ -127,8 +144,10 @@ class CellPLM(EmbeddingMixin, ExpressionMixin, TrainingMixin, PretrainedMixin, B
         sizes |= {"n_components": n_components, "n_decoder_layers": n_decoder_layers, "max_context": max_context}
         sizes |= {"n_neighbours": n_neighbours} | ({"n_niche": n_niche} if n_niche else {})
         check_sizes(**sizes)
-        categories = {name: states[name][CovariateField.N_KNOWN_KEY] for name in c.COVARIATES if name in states}
+        categories = self._reference_sizes()
         target_sum, gene_shares, fold_changes = self._from_counts() if adata is not None else (1e4, None, None)
+        if fold_changes is not None and len(fold_changes) != categories[c.BATCH_KEY]:
+            fold_changes = None  # a saved model that meets other batches, and whose weights are loaded in a moment
         n_dims = states[c.COORDINATES_KEY]["n_dims"] if c.COORDINATES_KEY in states else 0
         self._n_niche = n_niche if n_dims and position == "local" and niche_weight > 0 else 0
         self.module = self._module_cls(
@@ -155,13 +174,14 @@ class CellPLM(EmbeddingMixin, ExpressionMixin, TrainingMixin, PretrainedMixin, B
             rest=c.SIZE_FACTOR_KEY in states,
             max_context=max_context,
         )
+        self._add_categories()
         n_samples = len(states[c.SAMPLE_KEY]["categorical_mapping"])
         self._model_summary_string = (
             f"CellPLM with {sum(p.numel() for p in self.module.parameters()):,} parameters: {n_genes:,} genes, "
             f"n_hidden: {n_hidden}, n_layers: {n_layers}, n_heads: {n_heads}, n_latent: {n_latent}, "
             f"encoder: {encoder}, latent: {latent}{f' ({n_components})' if latent == 'mixture' else ''}, "
             f"position: {position if n_dims else 'none (no coordinates)'}; {n_cells:,} cells in {n_samples:,} samples, "
-            + ", ".join(f"{n:,} {name} categories" for name, n in categories.items())
+            + ", ".join(f"{n + self._extension.n_added(name):,} {name} categories" for name, n in categories.items())
         )
         self.init_params_ = self._get_init_params(locals())
 

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
 
 from scvi.train import TrainRunner
 
 from cellplm_scvi._compat import devices_dsp, use_distributed_sampler
+from cellplm_scvi.data._checks import some, warn
 from cellplm_scvi.data._splitter import SampleSplitter
+from cellplm_scvi.module import PublishedModule
 from cellplm_scvi.nn import MixtureLatent
-from cellplm_scvi.train import CellPLMTrainingPlan, PlaceMixtureComponents
+from cellplm_scvi.train import CellPLMTrainingPlan, Freeze, PlaceMixtureComponents, frozen
 
 from ._defaults import default_batch_size, default_max_epochs
+from ._extension import unknown_categories
 
 if TYPE_CHECKING:
     from lightning import LightningDataModule
 
     from cellplm_scvi.module import CellPLMModule
+
+
+#: peak learning rates: of the contributions of new categories alone, and of published weights (as published)
+CODES_LR, PUBLISHED_LR = 1e-2, 2e-4
 
 
 class TrainingMixin:
@@ -41,9 +50,13 @@ class TrainingMixin:
         datasplitter_kwargs: dict[str, Any] | None = None,
         plan_kwargs: dict[str, Any] | None = None,
         datamodule: LightningDataModule | None = None,
+        freeze: Freeze | Literal["auto"] | None = "auto",
         **trainer_kwargs: Any,
     ) -> None:
-        """Train the model.
+        """Train the model, or train it further.
+
+        A model that is trained already, or pre-trained, goes on from where it is: the weight of the KL divergence does not
+        rise from zero again, and the components of the mixture prior keep their places.
 
         Parameters
         ----------
@@ -63,9 +76,15 @@ class TrainingMixin:
             Of :class:`~cellplm_scvi.data.SampleSplitter`: ``split_by``, ``context_size``, ``external_indexing``,
             ``num_workers`` and so on.
         plan_kwargs
-            Of :class:`~cellplm_scvi.train.CellPLMTrainingPlan`: ``lr``, ``weight_decay``, ``n_epochs_kl_warmup`` and so on.
+            Of :class:`~cellplm_scvi.train.CellPLMTrainingPlan`: ``lr``, ``layer_decay``, ``n_epochs_kl_warmup`` and so on.
         datamodule
             Minibatches from elsewhere instead of the model's AnnData; ``max_epochs`` is then needed.
+        freeze
+            What stays as it is, to the bit: ``"embedder"`` (gene embedder and position code), ``"encoder"`` (these and the
+            layers of the encoder), ``"backbone"`` (everything but the decoder's contributions of categories and its output
+            layer, a row a gene; embeddings do not change) or ``"reference"`` (everything but the contributions of the
+            categories that were added last). ``"auto"``: ``"reference"`` after :meth:`load_query_data`, else ``None``.
+            Frozen parts have no dropout.
         **trainer_kwargs
             Of :class:`scvi.train.Trainer`, such as ``precision="bf16-mixed"``, ``strategy="ddp"``, ``callbacks``.
         """
@@ -79,24 +98,57 @@ class TrainingMixin:
         if isinstance(data, SampleSplitter):
             if early_stopping and data.n_val == 0:
                 raise ValueError("early_stopping watches validation cells; there are none. Use a train_size below 1.")
-        plan_kwargs = {"n_epochs_kl_warmup": max(1, max_epochs // 3), **(plan_kwargs or {})}
+        if self.adata is not None and (new := unknown_categories(self)):  # type: ignore[attr-defined, arg-type]
+            warn(
+                f"The model has no contribution of its own for {'; '.join(f'{name} {some(n)}' for name, n in new.items())}: "
+                'these train with the mean one. from_pretrained(..., new_categories="add") or load_query_data add them.'
+            )
+        freeze = self._default_freeze if freeze == "auto" else freeze  # type: ignore[attr-defined]
+        plan_kwargs = self._plan_defaults(max_epochs, freeze) | (plan_kwargs or {})
         callbacks = list(trainer_kwargs.pop("callbacks", None) or [])
         if isinstance(self.module.latent, MixtureLatent) and not self.is_trained_:  # type: ignore[attr-defined]
             callbacks.append(PlaceMixtureComponents(epoch=max_epochs // 3))
-        runner = self._train_runner_cls(
-            self,
-            training_plan=self._training_plan_cls(self.module, **plan_kwargs),
-            data_splitter=data,
-            max_epochs=max_epochs,
-            accelerator=accelerator,
-            devices=devices,
-            early_stopping=early_stopping,
-            callbacks=callbacks,
-            # the samplers share their minibatches out among ranks themselves
-            **({"use_distributed_sampler": False} if use_distributed_sampler(trainer_kwargs.get("strategy")) else {}),
-            **{"gradient_clip_val": 1.0, **trainer_kwargs},
-        )
-        runner()
+        with frozen(self.module, freeze), self._history_kept():
+            # loading leaves a module in evaluation mode, and Lightning trains in the mode that it finds
+            self.module.train()
+            self._train_runner_cls(
+                self,
+                training_plan=self._training_plan_cls(self.module, **plan_kwargs),
+                data_splitter=data,
+                max_epochs=max_epochs,
+                accelerator=accelerator,
+                devices=devices,
+                early_stopping=early_stopping,
+                callbacks=callbacks,
+                # the samplers share their minibatches out among ranks themselves
+                **(
+                    {"use_distributed_sampler": False}
+                    if use_distributed_sampler(trainer_kwargs.get("strategy"))
+                    else {}
+                ),
+                **{"gradient_clip_val": 1.0, **trainer_kwargs},
+            )()
+
+    def _plan_defaults(self, max_epochs: int, freeze: Freeze | None) -> dict[str, Any]:
+        """Arguments of the training plan that depend on what is trained."""
+        defaults: dict[str, Any] = {}
+        if not self.is_trained_:  # type: ignore[attr-defined]
+            defaults["n_epochs_kl_warmup"] = max(1, max_epochs // 3)
+        if freeze == "reference":
+            defaults["lr"] = CODES_LR
+        elif isinstance(self.module, PublishedModule):
+            defaults["lr"] = PUBLISHED_LR
+        return defaults
+
+    @contextmanager
+    def _history_kept(self) -> Iterator[None]:
+        """Let scvi-tools begin a history for pre-trained weights, which it only does for a model that is not trained."""
+        was_trained = self.is_trained_  # type: ignore[has-type]
+        self.is_trained_ = was_trained and bool(self.history_)  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            self.is_trained_ = self.is_trained_ or was_trained
 
     def _splitter(
         self,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from scvi.module.base import BaseModuleClass, LossOutput, auto_move_data
@@ -115,6 +115,48 @@ class CellPLMModule(BaseModuleClass):
                 self.niche.decoder.start_codes("batch", batch_fold_changes)
         self.niche_weight = niche_weight
 
+    #: covariates that got categories last, see :meth:`add_categories`
+    last_added: tuple[str, ...] = ()
+    #: parts that are in evaluation mode in training too
+    resting: tuple[nn.Module, ...] = ()
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch to training mode, but for the parts that rest."""
+        super().train(mode and self not in self.resting)
+        for part in self.resting:
+            if part is not self:
+                part.eval()
+        return self
+
+    @property
+    def decoders(self) -> list[BatchAwareDecoder]:
+        """The decoder of a cell's counts, and that of its neighbourhood's."""
+        if self.decoder is None:
+            return []
+        return [self.decoder] if self.niche is None else [self.decoder, self.niche.decoder]
+
+    def add_categories(self, sizes: Mapping[str, tuple[int, int]]) -> None:
+        """Give covariates of so many categories so many more, which contribute what unseen ones do."""
+        for covariate, (n_known, n_added) in sizes.items():
+            for decoder in self.decoders:
+                decoder.add_categories(covariate, n_known, n_added)
+        self.last_added = tuple(sizes)
+
+    def newest_codes(self) -> list[nn.Parameter]:
+        """Contributions of the categories that were added last."""
+        return [
+            table.weight  # type: ignore[misc]
+            for decoder in self.decoders
+            for name in self.last_added
+            for table in decoder.tables(name)
+        ]
+
+    def add_genes(self, biases: Sequence[Tensor]) -> None:
+        """Add genes to embedder and decoders; ``biases`` has their logits in each decoder, (n_added,)."""
+        self.embedder.add_genes(len(biases[0]))
+        for decoder, bias in zip(self.decoders, biases, strict=True):
+            decoder.add_genes(bias)
+
     @property
     def n_genes(self) -> int:
         return self.embedder.weight.shape[0]
@@ -175,10 +217,12 @@ class CellPLMModule(BaseModuleClass):
         def targets(values: Tensor) -> Tensor:
             return values[tensors["target"]] if "target" in tensors else values
 
+        # data may be set up without a covariate that the decoder knows: -1 stands for an absent category
+        absent = torch.full_like(tensors["batch"], -1)
         return {
             "z": inference_outputs["z"],
             "library": inference_outputs["library"],
-            "covariates": {name: targets(tensors[name]) for name in self.decoder.codes},  # type: ignore[literal-required]
+            "covariates": {name: targets(tensors.get(name, absent)) for name in self.decoder.codes},  # type: ignore[arg-type]
             "measured": tensors.get("measured"),
             "panel": targets(tensors["panel"]) if "panel" in tensors else None,
         }

@@ -4,6 +4,7 @@ from ._attention import Neighbourhood, Packing
 from ._decoder import BatchAwareDecoder
 from ._embedder import GeneEmbedder
 from ._encoders import Encoder, TransformerEncoder
+from ._growth import AddedCodes
 from ._latents import Latent, MixtureLatent, latent_space
 from ._masking import GeneMasking
 from ._nb import GeneOutput, nb_negative_log_likelihood, softmax_nb_loss
@@ -11,6 +12,7 @@ from ._positions import Position, position_code
 from ._sparse import SparseCounts
 
 __all__ = [
+    "AddedCodes",
     "BatchAwareDecoder",
     "Encoder",
     "GeneEmbedder",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ._growth import add_codes, with_rows
 from ._nb import GeneOutput
 
 
@@ -20,11 +21,15 @@ class CovariateCodes(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(0.1 * torch.randn(n_categories, n_hidden))
 
+    def mean(self) -> Tensor:
+        """Mean contribution of the categories, (1, n_hidden)."""
+        return self.weight.mean(0, keepdim=True)
+
     def forward(self, codes: Tensor) -> Tensor:
         """(n_cells,) -> (n_cells, n_hidden)."""
         known = (codes >= 0) & (codes < self.weight.shape[0])
         learned = self.weight.index_select(0, codes.clamp(0, self.weight.shape[0] - 1))
-        return torch.where(known[:, None], learned, self.weight.mean(0))
+        return torch.where(known[:, None], learned, self.mean())
 
 
 class BatchAwareDecoder(nn.Module):
@@ -92,6 +97,26 @@ class BatchAwareDecoder(nn.Module):
         scale = self.weight.square().mean().sqrt() * v.shape[1] ** 0.5
         self.weight[:, :rank] = v[:rank].T * scale
         codes[:, :rank] = u[:, :rank] * s[:rank] / scale
+
+    def add_categories(self, covariate: str, n_known: int, n_added: int) -> None:
+        """Give a covariate of ``n_known`` categories ``n_added`` more."""
+        for tables in (self.codes, self.output_codes):
+            add_codes(tables, covariate, n_known, n_added, self.weight.shape[1])
+
+    def tables(self, covariate: str) -> list[nn.Module]:
+        """The tables of a covariate."""
+        return [self.codes[covariate], self.output_codes[covariate]]
+
+    def surface(self) -> list[nn.Parameter]:
+        """What belongs to single categories and single genes."""
+        return [*self.codes.parameters(), *self.output_codes.parameters(), self.weight, self.bias, self.log_theta]
+
+    @torch.no_grad()
+    def add_genes(self, bias: Tensor) -> None:
+        """Add genes whose logit is ``bias``, (n_added,), whatever z is; their dispersion is that of the mean gene."""
+        self.weight = with_rows(self.weight, self.weight.new_zeros(len(bias), self.weight.shape[1]))
+        self.bias = with_rows(self.bias, bias)
+        self.log_theta = with_rows(self.log_theta, self.log_theta.mean().expand(len(bias)))
 
     def output(self, measured: Tensor | None = None) -> GeneOutput:
         """The last layer, as the likelihood takes it; ``measured`` (n_panels, n_genes) are the genes of each panel."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ._growth import with_rows
 from ._sparse import SparseCounts
 
 
@@ -33,6 +34,10 @@ class GeneEmbedder(nn.Module):
         )
         self.normalises = target_sum is not None
         self.register_buffer("target_sum", torch.tensor(1.0 if target_sum is None else float(target_sum)))
+
+    def add_genes(self, n_genes: int) -> None:
+        """Add genes that say nothing at first: their embeddings start at zero, and their gradient is not."""
+        self.weight = with_rows(self.weight, self.weight.new_zeros(n_genes, self.weight.shape[1]))
 
     def expression(self, counts: SparseCounts, library: Tensor) -> SparseCounts:
         """Feature f(x): log1p of (library-size-normalised) counts, at the non-zero entries.

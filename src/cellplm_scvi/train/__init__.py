@@ -1,6 +1,7 @@
 """Training: plan and callbacks."""
 
 from ._callbacks import PlaceMixtureComponents
+from ._freeze import Freeze, frozen
 from ._plan import CellPLMTrainingPlan
 
-__all__ = ["CellPLMTrainingPlan", "PlaceMixtureComponents"]
+__all__ = ["CellPLMTrainingPlan", "Freeze", "PlaceMixtureComponents", "frozen"]

@@ -32,6 +32,10 @@ class CellPLMTrainingPlan(TrainingPlan):
         Share of the steps over which the learning rate rises.
     final_lr
         Share of ``lr`` that a cosine decay ends at.
+    layer_decay
+        Factor of the learning rate from each layer of the encoder to the one below: of L layers, layer l learns at
+        ``lr * layer_decay ** (L + 1 - l)``, gene embedder and position code (l = 0) slowest, what follows the layers at
+        ``lr``. Below 1 it keeps a pre-trained model close to what it was.
     n_epochs_kl_warmup
         Epochs over which the weight of the KL divergence rises from ``min_kl_weight`` to ``max_kl_weight``.
     **kwargs
@@ -47,6 +51,7 @@ class CellPLMTrainingPlan(TrainingPlan):
         eps: float = 1e-8,
         warmup: float = 0.05,
         final_lr: float = 0.05,
+        layer_decay: float = 1.0,
         n_epochs_kl_warmup: int | None = None,
         **kwargs: Any,
     ):
@@ -61,6 +66,9 @@ class CellPLMTrainingPlan(TrainingPlan):
         )
         self.warmup = warmup
         self.final_lr = final_lr
+        if not 0 < layer_decay <= 1:
+            raise ValueError(f"layer_decay={layer_decay} must be above 0 and at most 1.")
+        self.layer_decay = layer_decay
 
     def training_step(self, batch: Minibatch, batch_idx: int) -> torch.Tensor:
         """One step on a minibatch."""
@@ -96,17 +104,30 @@ class CellPLMTrainingPlan(TrainingPlan):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Matrices of linear layers with weight decay, everything else without."""
-        decayed = {
-            layer.weight
-            for layer in self.module.modules()
-            if isinstance(layer, nn.Linear) and layer.weight.requires_grad
-        }
-        other = [p for p in self.module.parameters() if p.requires_grad and p not in decayed]
+        """Parameters that train, by learning rate; matrices of linear layers with weight decay, everything else without."""
+        decayed = {layer.weight for layer in self.module.modules() if isinstance(layer, nn.Linear)}
+        groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault((self._height(name), parameter in decayed), []).append(parameter)
         return [
-            {"params": [p for p in self.module.parameters() if p in decayed]},
-            {"params": other, "weight_decay": 0.0},
+            {
+                "params": parameters,
+                "lr": self.lr * self.layer_decay**height,
+                "weight_decay": self.weight_decay if decays else 0.0,
+            }
+            for (height, decays), parameters in sorted(groups.items(), key=lambda group: (group[0][0], not group[0][1]))
         ]
+
+    def _height(self, name: str) -> int:
+        """How many steps of ``layer_decay`` a parameter lies below the latent space."""
+        if self.layer_decay == 1:
+            return 0
+        n_layers = len(self.module.encoder.layers)
+        part, *rest = name.split(".")
+        if part in ("embedder", "position"):
+            return n_layers + 1
+        return n_layers - int(rest[1]) if part == "encoder" and rest[0] == "layers" else 0
 
     def lr_share(self, step: int, n_steps: int) -> float:
         """Share of the peak learning rate at a step: linear warm-up, then cosine decay to ``final_lr``."""

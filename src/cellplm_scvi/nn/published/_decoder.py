@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from cellplm_scvi.nn._growth import add_codes, with_rows
 from cellplm_scvi.nn._nb import GeneOutput
 
 from ._config import PublishedConfig, PublishedNorm, published_norm
@@ -111,6 +112,29 @@ class PublishedDecoder(nn.Module):
     def codes(self) -> dict[str, nn.Module]:
         """Covariates that the decoder knows, as the module's steps ask for them."""
         return dict(self.layers[0].codes.items()) if self.layers else {}  # type: ignore[union-attr, operator]
+
+    def add_categories(self, covariate: str, n_known: int, n_added: int) -> None:
+        """Give a covariate of ``n_known`` categories ``n_added`` more."""
+        if not self.layers:
+            raise ValueError("The decoder of this checkpoint has no hidden layer, and so no place for covariates.")
+        for layer in self.layers:
+            add_codes(layer.codes, covariate, n_known, n_added, layer.linear.out_features)  # type: ignore[arg-type, union-attr]
+
+    def tables(self, covariate: str) -> list[nn.Module]:
+        """The tables of a covariate, one a layer."""
+        return [layer.codes[covariate] for layer in self.layers]  # type: ignore[union-attr, operator, index, misc]
+
+    def surface(self) -> list[nn.Parameter]:
+        """What belongs to single categories and single genes."""
+        codes = [p for layer in self.layers for p in layer.codes.parameters()]  # type: ignore[union-attr, operator]
+        return [*codes, self.weight, self.bias, self.log_dispersion]
+
+    @torch.no_grad()
+    def add_genes(self, bias: Tensor) -> None:
+        """Add genes whose logit is ``bias``, (n_added,), whatever z is; their dispersion is that of the mean gene."""
+        self.weight = with_rows(self.weight, self.weight.new_zeros(len(bias), N_OUTPUT_HIDDEN))
+        self.bias = with_rows(self.bias, bias)
+        self.log_dispersion = with_rows(self.log_dispersion, self.log_theta.mean().expand(len(bias)))
 
     def output(self, measured: Tensor | None = None) -> GeneOutput:
         """The last layer, as the likelihood takes it; ``measured`` (n_panels, n_genes) are the genes of each panel."""

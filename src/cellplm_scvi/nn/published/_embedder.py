@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from cellplm_scvi.nn._growth import with_rows
 from cellplm_scvi.nn._sparse import SparseCounts
 
 from ._config import PublishedConfig, published_norm
@@ -19,6 +20,10 @@ class PublishedEmbedder(nn.Module):
         self.linear = nn.Linear(config.n_hidden, config.n_hidden)
         self.dropout = nn.Dropout(config.dropout_rate)
         self.norm = published_norm(config.norm, config.n_hidden)
+
+    def add_genes(self, n_genes: int) -> None:
+        """Add genes that say nothing at first: their embeddings start at zero, and their gradient is not."""
+        self.weight = with_rows(self.weight, self.weight.new_zeros(n_genes, self.weight.shape[1]))
 
     def bag(self, counts: SparseCounts) -> Tensor:
         """Sum of gene embeddings weighted by expression: counts (n_cells, n_genes) -> (n_cells, n_hidden)."""

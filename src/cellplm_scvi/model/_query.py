@@ -1,0 +1,107 @@
+"""Maps a query onto a trained reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from cellplm_scvi import _constants as c
+from cellplm_scvi._compat import AnnOrMuData
+from cellplm_scvi.data._checks import some
+
+from ._extension import describe_added, extend, unknown_categories, unseen_is_expected
+from ._registry import KEY_ARGUMENTS
+
+if TYPE_CHECKING:
+    from ._cellplm import CellPLM
+
+#: in a folder that ``save`` wrote
+SAVED_FILE = "model.pt"
+
+
+class QueryMixin:
+    """Maps new data into the latent space of a trained model, which stays as it is."""
+
+    @classmethod
+    def load_query_data(
+        cls,
+        adata: AnnOrMuData,
+        reference: str | Path | CellPLM,
+        *,
+        accelerator: str = "auto",
+        device: int | str = "auto",
+        **setup: Any,
+    ) -> Self:
+        """Map a query onto a trained reference.
+
+        Batches, platforms and data sets of the query that the reference does not know get contributions of their own,
+        which start at what an unseen category contributes. :meth:`train` trains these alone, so that everything the
+        reference says of its own data stays the same to the bit; ``train(freeze=None)`` trains all.
+
+        Genes are matched by name: what the query lacks counts as not measured, and what only the query has is not used.
+
+        Parameters
+        ----------
+        adata
+            Query; it need not be set up.
+        reference
+            A trained model; a folder that :meth:`save` or :meth:`save_pretrained` wrote; or a published model, as in
+            :meth:`from_pretrained`. A folder of :meth:`save` is read by executing it: open only what you trust.
+        accelerator, device
+            Where to put the model, as in :meth:`load`.
+        **setup
+            Arguments of :meth:`setup_anndata` that differ from the reference's, such as ``batch_key="donor"``.
+
+        Returns
+        -------
+        A model of reference and query, with ``adata``.
+
+        Raises
+        ------
+        ValueError
+            If the query has no category that is new to the reference.
+
+        Examples
+        --------
+        >>> query = CellPLM.load_query_data(new, reference)
+        >>> query.train()
+        >>> new.obsm["X_cellplm"] = query.get_latent_representation()
+        >>> old.obsm["X_cellplm"] = query.get_latent_representation(old)
+        """
+        organism = None
+        if isinstance(reference, str | Path):
+            if (Path(reference) / SAVED_FILE).is_file():
+                reference = cls.load(str(reference), adata=False, accelerator=accelerator, device=device)  # type: ignore[attr-defined]
+            else:
+                organism = "human"
+        with unseen_is_expected():
+            model = cls._attached(reference, adata, setup, organism, accelerator=accelerator, device=device)  # type: ignore[attr-defined]
+        categories = unknown_categories(model)
+        if not categories:
+            raise ValueError(_nothing_new(model))
+        query = extend(model, categories, [], query=True)
+        report = query.pretrained_report_
+        query.pretrained_report_ = report | {"notes": [*report["notes"], *describe_added(categories, [])]}
+        return query
+
+
+def _nothing_new(model: CellPLM) -> str:
+    """What to do about a query without a category of its own."""
+    registry = model.registry_
+    arguments = registry["setup_args"]
+    keys = {name: arguments.get(KEY_ARGUMENTS[name]) for name in c.COVARIATES}
+    given = {name: key for name, key in keys.items() if key is not None and key in model.adata.obs}
+    if not given:
+        wanted = some([key for key in keys.values() if key is not None])
+        return (
+            "The query has no batch of its own to train: "
+            + (f"obs has no column {wanted}. " if wanted else "the reference was set up without batch_key. ")
+            + 'Name the column of the query\'s batches, as in load_query_data(adata, reference, batch_key="donor").'
+        )
+    name, key = next(iter(given.items()))
+    known = registry["field_registries"][name]["state_registry"]["categorical_mapping"]
+    return (
+        f'The query has nothing new to train: the reference knows every category of obs["{key}"] ({some(known)}). If these '
+        "are its own batches, reference.get_latent_representation(adata) embeds them as they are. If they only have the "
+        f'same names, rename them first: adata.obs["{key}"] = "query " + adata.obs["{key}"].astype(str).'
+    )

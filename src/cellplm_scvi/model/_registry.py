@@ -1,0 +1,157 @@
+"""Registries of data set-ups as pre-trained models carry them, and as users' data change them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import scvi
+from anndata import AnnData
+from mudata import MuData
+
+from cellplm_scvi import _constants as c
+from cellplm_scvi._compat import SCVI_UUID_KEY, AnnOrMuData, copy_if_view
+from cellplm_scvi.data._checks import check_column, some
+from cellplm_scvi.data._fields import CovariateField
+from cellplm_scvi.data._vocabulary import MATCH_KEY, UNNAMED_KEY
+from cellplm_scvi.pretrained import PretrainedFileError, PublishedCheckpoint
+from cellplm_scvi.pretrained._own import CONFIG_FILE
+
+if TYPE_CHECKING:
+    from ._cellplm import CellPLM
+
+#: the argument of ``setup_anndata`` behind each registered covariate
+KEY_ARGUMENTS = {
+    c.BATCH_KEY: "batch_key",
+    c.PLATFORM_KEY: "platform_key",
+    c.DATASET_KEY: "dataset_key",
+    c.SAMPLE_KEY: "sample_key",
+}
+#: arguments of ``setup_anndata`` that a network has parts for
+BUILT_FOR = (*(KEY_ARGUMENTS[name] for name in c.COVARIATES), "spatial_key")
+
+
+def setup_of(
+    model_class: type[CellPLM], adata: AnnOrMuData | None, setup: Mapping[str, Any]
+) -> tuple[str | None, dict[str, Any]]:
+    """Name and arguments of the set-up that the user asks for; no name: the one that the model was saved with."""
+    known = inspect.signature(model_class.setup_anndata).parameters
+    unknown = [name for name in setup if name not in known or name in ("adata", "kwargs")]
+    if unknown:
+        raise TypeError(f"from_pretrained got {some(unknown)}, which setup_anndata does not take.")
+    if adata is None:
+        return "setup_anndata" if setup else None, dict(setup)
+    if not isinstance(adata, AnnData | MuData):
+        raise TypeError(f"adata is of type {type(adata).__name__}; an AnnData of raw counts is needed.")
+    manager = model_class._setup_adata_manager_store.get(adata.uns.get(SCVI_UUID_KEY))
+    if manager is not None and manager.adata is not adata:
+        copy_if_view(adata, copy_if_view=True)
+        del adata.uns[SCVI_UUID_KEY]  # a copy of what was set up, which gets an entry of its own
+    if manager is not None and not setup:
+        registry = manager.registry
+        return registry["setup_method_name"], dict(registry["setup_args"])
+    if not isinstance(adata, AnnData):
+        raise ValueError("Call setup_mudata on the MuData first, so that it is known where its counts are.")
+    for argument, key in setup.items():  # data that come later may lack a column, but not these
+        if key is not None and argument in KEY_ARGUMENTS.values():
+            check_column(adata, key, argument)
+    return "setup_anndata", dict(setup)
+
+
+def set_up_as(
+    model_class: type[CellPLM], registry: dict[str, Any], method: str | None, arguments: Mapping[str, Any]
+) -> None:
+    """Let a registry ask data for the set-up of the user; what the user leaves open stays as the model was saved."""
+    method = method or registry["setup_method_name"]
+    parameters = inspect.signature(getattr(model_class, method)).parameters.items()
+    defaults = {name: p.default for name, p in parameters if p.default is not inspect.Parameter.empty}
+    saved = registry["setup_args"]
+    if method == registry["setup_method_name"] and (unknown := [name for name in saved if name not in defaults]):
+        raise PretrainedFileError(f"{CONFIG_FILE}: setup_args has unknown arguments ({some(unknown)}).")
+    # what the network was built for stays registered, so that it can be built again, even if these data lack it
+    arguments = {name: v for name, v in arguments.items() if v is not None or name not in BUILT_FOR}
+    _admit_covariates(registry, arguments)
+    registry["setup_method_name"] = method
+    registry["setup_args"] = {name: arguments.get(name, saved.get(name, defaults[name])) for name in defaults}
+    fields = registry["field_registries"]
+    for name, argument in KEY_ARGUMENTS.items():
+        if name in fields and arguments.get(argument) is not None:
+            fields[name]["state_registry"][CovariateField.ORIGINAL_ATTR_KEY] = arguments[argument]
+
+
+def _admit_covariates(registry: dict[str, Any], arguments: Mapping[str, Any]) -> None:
+    """Let the data have covariates that the model was set up without: all their categories are then unseen."""
+    fields = registry["field_registries"]
+    for name in c.COVARIATES:
+        if arguments.get(KEY_ARGUMENTS[name]) is None or registry["setup_args"].get(KEY_ARGUMENTS[name]) is not None:
+            continue
+        state = fields[name]["state_registry"] if name in fields else {CovariateField.N_KNOWN_KEY: 0}
+        if state.get(UNNAMED_KEY):
+            continue
+        n_known = state[CovariateField.N_KNOWN_KEY]
+        names = np.asarray([f"(without {KEY_ARGUMENTS[name]})"] * n_known, dtype=object)
+        state = state | {CovariateField.CATEGORICAL_MAPPING_KEY: names, CovariateField.N_KNOWN_KEY: n_known}
+        fields[name] = {
+            "data_registry": {"attr_name": "obs", "attr_key": f"_scvi_{name}"},
+            "summary_stats": {f"n_{name}": n_known},
+            **fields.get(name, {}),
+            "state_registry": state | {UNNAMED_KEY: True},
+        }
+
+
+def published_registry(found: PublishedCheckpoint, model_name: str) -> dict[str, Any]:
+    """What scvi-tools would have registered of the data that a published model was trained on."""
+    config = found.config
+    sizes = {c.BATCH_KEY: config.n_batches, c.PLATFORM_KEY: config.n_platforms, c.DATASET_KEY: config.n_datasets}
+    unnamed = set(sizes)
+    sizes |= {c.SAMPLE_KEY: 0}
+    fields: dict[str, Any] = {
+        c.X_KEY: {
+            "data_registry": {"attr_name": "X", "attr_key": None},
+            "state_registry": {
+                "n_obs": 0,
+                "n_vars": len(found.genes),
+                "column_names": np.asarray(found.genes, dtype=object),
+            },
+            "summary_stats": {"n_vars": len(found.genes), "n_cells": 0},
+        }
+    }
+    for name, size in sizes.items():
+        names = np.asarray([f"(pre-training {name} {n})" for n in range(size)], dtype=object)
+        fields[name] = {
+            "data_registry": {"attr_name": "obs", "attr_key": f"_scvi_{name}"},
+            "state_registry": {
+                CovariateField.CATEGORICAL_MAPPING_KEY: names,
+                CovariateField.ORIGINAL_ATTR_KEY: f"_scvi_{name}",
+                CovariateField.N_KNOWN_KEY: size,
+                UNNAMED_KEY: name in unnamed,
+            },
+            "summary_stats": {f"n_{name}": size},
+        }
+    return {
+        "scvi_version": scvi.__version__,
+        "model_name": model_name,
+        "setup_method_name": "setup_anndata",
+        "setup_args": {},
+        "field_registries": fields,
+    }
+
+
+def portable(registry: Mapping[str, Any]) -> dict[str, Any]:
+    """The registry without what belongs to one AnnData."""
+    fields = {}
+    for name, field in registry["field_registries"].items():
+        state = {key: value for key, value in field["state_registry"].items() if key != MATCH_KEY}
+        if CovariateField.N_KNOWN_KEY in state:
+            # samples carry no parameters, nor do categories that the model was not built with
+            n_known = 0 if name == c.SAMPLE_KEY else state[CovariateField.N_KNOWN_KEY]
+            known = state[CovariateField.CATEGORICAL_MAPPING_KEY][:n_known]
+            state |= {CovariateField.N_KNOWN_KEY: n_known, CovariateField.CATEGORICAL_MAPPING_KEY: known}
+        fields[name] = {**field, "data_registry": _plain_dict(field["data_registry"]), "state_registry": state}
+    return {**{key: value for key, value in registry.items() if key != "field_registries"}, "field_registries": fields}
+
+
+def _plain_dict(value: Any) -> dict[str, Any]:
+    return {key: value[key] for key in value}

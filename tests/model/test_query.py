@@ -1,0 +1,141 @@
+"""A query is mapped onto a reference that stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from anndata import AnnData
+
+from cellplm_scvi import CellPLM
+
+
+@pytest.fixture
+def new_data(make_tissues: Callable[..., AnnData]) -> AnnData:
+    """Two new batches and one that the models know, one new study; a gene is absent and two are unknown."""
+    adata = make_tissues(60, 32, seed=4, spatial=True)
+    adata.obs["batch"] = np.asarray(["new1", "new2", "batch0"])[np.arange(60) % 3]
+    adata.obs["study"] = "three"
+    return adata[:, 1:].copy()
+
+
+@pytest.fixture(params=["dissociated", "spatial"])
+def reference(request, models) -> CellPLM:
+    return models[request.param]
+
+
+@pytest.fixture
+def query(reference, new_data) -> CellPLM:
+    return CellPLM.load_query_data(new_data, reference, accelerator="cpu")
+
+
+def test_only_the_new_codes_train(query, train):
+    before = {name: p.detach().clone() for name, p in query.module.state_dict().items()}
+    train(query, max_epochs=2, plan_kwargs={"weight_decay": 0.5})
+    changed = {name for name, p in query.module.state_dict().items() if not torch.equal(p, before[name])}
+    decoders = ["decoder"] + (["niche.decoder"] if query.module.niche is not None else [])
+    tables = [f"{decoder}.{codes}" for decoder in decoders for codes in ("codes", "output_codes")]
+    assert changed == {f"{table}.{name}.weight" for table in tables for name in ("batch", "dataset")}
+    assert before["decoder.codes.batch.weight"].shape[0] == 2
+
+
+def test_the_reference_is_the_same_to_the_bit(reference, query, train):
+    z, expression = reference.get_latent_representation(), reference.get_normalized_expression()
+    for _ in range(2):
+        np.testing.assert_array_equal(query.get_latent_representation(reference.adata.copy()), z)
+        np.testing.assert_array_equal(query.get_normalized_expression(reference.adata.copy()), expression)
+        train(query)
+    np.testing.assert_array_equal(reference.get_latent_representation(), z)
+
+
+def test_training_explains_the_query_better(query, train):
+    before = float(query.get_elbo())
+    train(query, max_epochs=15, train_size=1.0)
+    assert float(query.get_elbo()) > before
+    assert len(query.history["train_loss"]) == 15
+
+
+def test_a_query_starts_as_zero_shot(reference, query, new_data):
+    assert query.is_trained_
+    np.testing.assert_allclose(
+        query.get_normalized_expression(),
+        reference.get_normalized_expression(new_data.copy()),
+        rtol=1e-5,
+    )
+
+
+def test_everything_trains_if_asked_for(query, train):
+    before = {name: p.detach().clone() for name, p in query.module.named_parameters()}
+    train(query, freeze=None)
+    assert not any(torch.equal(p, before[name]) for name, p in query.module.named_parameters() if "codes" not in name)
+
+
+@pytest.mark.parametrize("way", ["save", "save_pretrained"])
+def test_references_by_their_folder(reference, new_data, train, tmp_path, way):
+    getattr(reference, way)(str(tmp_path / "reference"))
+    query = train(CellPLM.load_query_data(new_data, tmp_path / "reference", accelerator="cpu"))
+    np.testing.assert_array_equal(
+        query.get_latent_representation(reference.adata.copy()), reference.get_latent_representation()
+    )
+
+
+@pytest.mark.parametrize("way", ["save", "save_pretrained"])
+def test_a_query_is_saved_and_still_trains_its_codes_alone(query, new_data, train, tmp_path, way):
+    train(query)
+    getattr(query, way)(str(tmp_path / "query"))
+    if way == "save":
+        again = CellPLM.load(str(tmp_path / "query"), adata=new_data.copy(), accelerator="cpu")
+    else:
+        again = CellPLM.from_pretrained(tmp_path / "query", new_data.copy(), accelerator="cpu")
+    np.testing.assert_array_equal(again.get_normalized_expression(), query.get_normalized_expression())
+    before = again.module.embedder.weight.clone()
+    codes = again.module.newest_codes()[0].clone()
+    train(again)
+    assert torch.equal(again.module.embedder.weight, before)
+    assert not torch.equal(again.module.newest_codes()[0], codes)
+
+
+def test_a_query_onto_a_query(query, train, new_data):
+    train(query)
+    third = new_data.copy()
+    third.obs["batch"] = "third"
+    next_query = train(CellPLM.load_query_data(third, query, accelerator="cpu"))
+    np.testing.assert_array_equal(
+        next_query.get_normalized_expression(new_data.copy()), query.get_normalized_expression()
+    )
+    assert next_query.module.decoder.codes["batch"].weight.shape[0] == 1
+
+
+def test_a_query_with_nothing_new(reference):
+    with pytest.raises(ValueError, match=r'knows every category of obs\["batch"\] \("batch0", "batch1"\).*rename them'):
+        CellPLM.load_query_data(reference.adata.copy(), reference)
+
+
+def test_a_query_without_the_column(reference, new_data):
+    del new_data.obs["batch"], new_data.obs["study"], new_data.obs["platform"]
+    with pytest.raises(ValueError, match='no column "batch".*batch_key="donor"'):
+        CellPLM.load_query_data(new_data, reference)
+
+
+def test_a_reference_without_batches(make_tissues, build, train, new_data):
+    reference = train(build(make_tissues(), {"batch_key": None, "platform_key": None, "dataset_key": None}))
+    with pytest.raises(ValueError, match="set up without batch_key"):
+        CellPLM.load_query_data(new_data.copy(), reference)
+    query = train(CellPLM.load_query_data(new_data, reference, batch_key="batch", accelerator="cpu"))
+    assert query.module.decoder.codes["batch"].weight.shape[0] == 3
+    old = reference.adata.copy()
+    del old.obs["batch"]
+    np.testing.assert_array_equal(query.get_normalized_expression(old), reference.get_normalized_expression())
+
+
+def test_another_column_of_the_query(reference, new_data, train):
+    new_data.obs["donor"] = new_data.obs.pop("batch")
+    query = train(CellPLM.load_query_data(new_data, reference, batch_key="donor", accelerator="cpu"))
+    assert query.module.decoder.codes["batch"].weight.shape[0] == 2
+
+
+def test_genes_are_said(reference, new_data):
+    with pytest.warns(UserWarning, match='1 of the model\'s 30 genes are not in this AnnData \\("gene0"\\)'):
+        CellPLM.load_query_data(new_data, reference, accelerator="cpu")
