@@ -1,5 +1,6 @@
 """From AnnData to minibatches of whole samples."""
 
 from ._datasets import pbmc
+from ._synthetic import synthetic_tissues, true_shares
 
-__all__ = ["pbmc"]
+__all__ = ["pbmc", "synthetic_tissues", "true_shares"]
