@@ -21,6 +21,7 @@ from cellplm_scvi.nn import Encoder, GeneMasking, Latent, Position
 from ._defaults import default_hidden, default_latent, default_layers
 from ._embedding import EmbeddingMixin
 from ._expression import ExpressionMixin
+from ._imputation import ImputationMixin
 from ._pretrained import PretrainedMixin
 from ._training import TrainingMixin
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from mudata import MuData
 
 
-class CellPLM(EmbeddingMixin, ExpressionMixin, TrainingMixin, PretrainedMixin, BaseModelClass):
+class CellPLM(EmbeddingMixin, ExpressionMixin, ImputationMixin, TrainingMixin, PretrainedMixin, BaseModelClass):
     """Cell language model: a transformer whose tokens are cells and whose sentences are tissue samples (Wen et al. 2024).
 
     Parameters
@@ -112,6 +113,7 @@ class CellPLM(EmbeddingMixin, ExpressionMixin, TrainingMixin, PretrainedMixin, B
         super().__init__(adata, registry)
         if published is not None:
             self._build_published(published, max_context)
+            self._add_parts()
             self.init_params_ = self._get_init_params(locals())
             return
         check_words(encoder=encoder, latent=latent, position=position, input_normalization=input_normalization)
@@ -125,7 +127,9 @@ class CellPLM(EmbeddingMixin, ExpressionMixin, TrainingMixin, PretrainedMixin, B
         sizes |= {"n_components": n_components, "n_decoder_layers": n_decoder_layers, "max_context": max_context}
         check_sizes(**sizes)
         categories = {name: states[name][CovariateField.N_KNOWN_KEY] for name in c.COVARIATES if name in states}
-        target_sum, gene_shares, fold_changes = self._from_counts() if adata is not None else (1e4, None, None)
+        target_sum, gene_shares, fold_changes, panels = (
+            self._from_counts() if adata is not None else (1e4, None, None, None)
+        )
         n_dims = states[c.COORDINATES_KEY]["n_dims"] if c.COORDINATES_KEY in states else 0
         self._n_niche = n_niche if n_dims and position == "local" and niche_weight > 0 else 0
         self.module = self._module_cls(
@@ -151,6 +155,7 @@ class CellPLM(EmbeddingMixin, ExpressionMixin, TrainingMixin, PretrainedMixin, B
             batch_fold_changes=fold_changes,
             rest=c.SIZE_FACTOR_KEY in states,
             max_context=max_context,
+            panels=panels,
         )
         n_samples = len(states[c.SAMPLE_KEY]["categorical_mapping"])
         self._model_summary_string = (
@@ -160,10 +165,14 @@ class CellPLM(EmbeddingMixin, ExpressionMixin, TrainingMixin, PretrainedMixin, B
             f"position: {position if n_dims else 'none (no coordinates)'}; {n_cells:,} cells in {n_samples:,} samples, "
             + ", ".join(f"{n:,} {name} categories" for name, n in categories.items())
         )
+        self._add_parts()
         self.init_params_ = self._get_init_params(locals())
 
-    def _from_counts(self) -> tuple[float, torch.Tensor, torch.Tensor | None]:
-        """Median library size, share of each gene in all counts, and log fold changes of each batch from them."""
+    def _add_parts(self) -> None:
+        """What a model built on this one adds to the module."""
+
+    def _from_counts(self) -> tuple[float, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Median library size, share of each gene in all counts, log fold changes of each batch from them, gene panels."""
         table = CellTable.from_manager(self.adata_manager)
         check_totals(table)
         library = table.totals if table.size_factor is None else table.size_factor
@@ -176,6 +185,7 @@ class CellPLM(EmbeddingMixin, ExpressionMixin, TrainingMixin, PretrainedMixin, B
             float(np.median(library[table.totals > 0])),
             torch.from_numpy(shares).float(),
             torch.from_numpy(fold_changes).float(),
+            None if table.measured is None else torch.from_numpy(table.measured),
         )
 
     @property
