@@ -91,6 +91,7 @@ def test_own_format(annotator, labelled, tmp_path):
     pytest.importorskip("safetensors")
     annotator.save_pretrained(tmp_path / "own")
     new = labelled.adata.copy()
+    new.uns.clear()  # as it was before it was set up
     for column in [*new.obs.columns[new.obs.columns.str.startswith("_scvi")], "label"]:
         del new.obs[column]
     again = CellPLMAnnotator.from_pretrained(tmp_path / "own", new, accelerator="cpu")
