@@ -35,7 +35,9 @@ from _common import (
 )
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
+from sklearn.multiclass import OneVsRestClassifier
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
 
 KEY = ("data", "method", "seed", "fold", "kwargs")
 PACKAGES = ("scvi-tools", "scanpy", "scikit-learn", "torch")
@@ -120,16 +122,18 @@ def knn(adata: ad.AnnData, hidden: np.ndarray, task: Task, seed: int, args: argp
     return classified(KNeighborsClassifier(15), adata, hidden)
 
 
-def celltypist_(adata: ad.AnnData, hidden: np.ndarray, task: Task, seed: int, args: argparse.Namespace) -> pd.DataFrame:
-    """CellTypist (Dominguez Conde et al. 2022), own training, log1p of counts per 10,000."""
-    import celltypist
+def celltypist(adata: ad.AnnData, hidden: np.ndarray, task: Task, seed: int, args: argparse.Namespace) -> pd.DataFrame:
+    """Train the classifier of CellTypist (Dominguez Conde et al. 2022): one against the rest on all standardised genes.
 
-    normalised = log_normalised(adata, 1e4)
-    model = celltypist.train(
-        normalised[~hidden].copy(), labels=LABELS, n_jobs=1, max_iter=200, check_expression=False, random_state=seed
+    Written out, because CellTypist 1.7 passes an argument to scikit-learn that its release 1.8 took away.
+    """
+    x = log_normalised(adata, 1e4).X.toarray()
+    scaler = StandardScaler().fit(x[~hidden])
+    x = np.minimum(scaler.transform(x), 10)
+    classifier = OneVsRestClassifier(LogisticRegression(C=1.0, max_iter=200)).fit(
+        x[~hidden], adata.obs[LABELS][~hidden].astype(str)
     )
-    found = celltypist.annotate(normalised[hidden].copy(), model=model).probability_matrix
-    return found.div(found.sum(axis=1).clip(lower=1e-9), axis=0)
+    return pd.DataFrame(classifier.predict_proba(x[hidden]), columns=classifier.classes_)
 
 
 def scanvi(adata: ad.AnnData, hidden: np.ndarray, task: Task, seed: int, args: argparse.Namespace) -> pd.DataFrame:
@@ -188,7 +192,7 @@ def fine_tuned(adata: ad.AnnData, hidden: np.ndarray, task: Task, seed: int, arg
 METHODS: dict[str, Method] = {
     "PCA + logistic regression": logistic,
     "PCA + kNN": knn,
-    "CellTypist": celltypist_,
+    "CellTypist": celltypist,
     "scANVI": scanvi,
     "CellPLMAnnotator": annotator,
     "CellPLMAnnotator, fine-tuned": fine_tuned,

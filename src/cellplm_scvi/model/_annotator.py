@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 #: principal components of expression beside the embedding, and most cells that they are computed from
-N_COMPONENTS = 50
+N_COMPONENTS = 100
 MAX_PCA_CELLS = 20_000
+#: smallest standard deviation of log expression that a gene is divided by
+MIN_DEVIATION = 0.1
 
 
 class CellPLMAnnotator(CellPLM):
@@ -263,7 +265,7 @@ class CellPLMAnnotator(CellPLM):
         self.selection_ = {"used": fit.used, "strength": fit.strength, "macro_f1": fit.scores}
 
     def _place_components(self, table: CellTable, seed: int) -> None:
-        """Principal components of log-normalised expression of all cells, labelled or not."""
+        """Principal components of standardised log-normalised expression of all cells, labelled or not."""
         head = self.module.annotation
         library = _library(table)
         head.target_sum.fill_(float(np.median(library[library > 0])))
@@ -271,11 +273,14 @@ class CellPLMAnnotator(CellPLM):
         if rows.size > MAX_PCA_CELLS:
             rows = np.sort(np.random.default_rng(seed).choice(rows, MAX_PCA_CELLS, replace=False))
         x = self._log_expression(table, rows)
+        # Standardised genes: weak markers count as much as strong genes, which annotation gains from more than it loses.
+        variance = np.asarray(x.multiply(x).mean(0)).ravel() - np.asarray(x.mean(0)).ravel() ** 2
+        weight = 1 / np.maximum(np.sqrt(np.maximum(variance, 0)), MIN_DEVIATION)
         n = min(head.loadings.shape[1], min(x.shape) - 1)
         head.loadings.zero_()
         if n > 0:
-            found = PCA(n, svd_solver="arpack", random_state=seed).fit(x)
-            head.loadings[:, :n].copy_(torch.from_numpy(found.components_.T.copy()))
+            found = PCA(n, svd_solver="arpack", random_state=seed).fit(x @ sp.diags(weight))
+            head.loadings[:, :n].copy_(torch.from_numpy(found.components_.T * weight[:, None]))
 
     def _log_expression(self, table: CellTable, rows: np.ndarray) -> sp.csr_matrix:
         x = table.counts[rows]
