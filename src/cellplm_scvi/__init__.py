@@ -3,7 +3,7 @@
 from importlib.metadata import version
 
 from . import data, genes
-from .model import CellPLM
+from .model import CellPLM, CellPLMAnnotator
 
 __version__ = version("cellplm-scvi")
-__all__ = ["CellPLM", "data", "genes"]
+__all__ = ["CellPLM", "CellPLMAnnotator", "data", "genes"]

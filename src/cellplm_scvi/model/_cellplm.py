@@ -23,6 +23,7 @@ from ._embedding import EmbeddingMixin
 from ._expression import ExpressionMixin
 from ._extension import Extension, ExtensionMixin
 from ._hub import HubMixin
+from ._imputation import ImputationMixin
 from ._pretrained import PretrainedMixin
 from ._query import QueryMixin
 from ._training import TrainingMixin
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 class CellPLM(
     EmbeddingMixin,
     ExpressionMixin,
+    ImputationMixin,
     TrainingMixin,
     PretrainedMixin,
     HubMixin,
@@ -131,6 +133,7 @@ class CellPLM(
         if published is not None:
             self._build_published(published, max_context)
             self._add_categories()
+            self._add_parts()
             self.init_params_ = self._get_init_params(locals())
             return
         check_words(encoder=encoder, latent=latent, position=position, input_normalization=input_normalization)
@@ -145,7 +148,9 @@ class CellPLM(
         sizes |= {"n_neighbours": n_neighbours} | ({"n_niche": n_niche} if n_niche else {})
         check_sizes(**sizes)
         categories = self._reference_sizes()
-        target_sum, gene_shares, fold_changes = self._from_counts() if adata is not None else (1e4, None, None)
+        target_sum, gene_shares, fold_changes, panels = (
+            self._from_counts() if adata is not None else (1e4, None, None, None)
+        )
         if fold_changes is not None and len(fold_changes) != categories[c.BATCH_KEY]:
             fold_changes = None  # a saved model that meets other batches, and whose weights are loaded in a moment
         n_dims = states[c.COORDINATES_KEY]["n_dims"] if c.COORDINATES_KEY in states else 0
@@ -173,6 +178,7 @@ class CellPLM(
             batch_fold_changes=fold_changes,
             rest=c.SIZE_FACTOR_KEY in states,
             max_context=max_context,
+            panels=panels,
         )
         self._add_categories()
         n_samples = len(states[c.SAMPLE_KEY]["categorical_mapping"])
@@ -183,10 +189,14 @@ class CellPLM(
             f"position: {position if n_dims else 'none (no coordinates)'}; {n_cells:,} cells in {n_samples:,} samples, "
             + ", ".join(f"{n + self._extension.n_added(name):,} {name} categories" for name, n in categories.items())
         )
+        self._add_parts()
         self.init_params_ = self._get_init_params(locals())
 
-    def _from_counts(self) -> tuple[float, torch.Tensor, torch.Tensor | None]:
-        """Median library size, share of each gene in all counts, and log fold changes of each batch from them."""
+    def _add_parts(self) -> None:
+        """What a model built on this one adds to the module."""
+
+    def _from_counts(self) -> tuple[float, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Median library size, share of each gene in all counts, log fold changes of each batch from them, gene panels."""
         table = CellTable.from_manager(self.adata_manager)
         check_totals(table)
         library = table.totals if table.size_factor is None else table.size_factor
@@ -199,6 +209,7 @@ class CellPLM(
             float(np.median(library[table.totals > 0])),
             torch.from_numpy(shares).float(),
             torch.from_numpy(fold_changes).float(),
+            None if table.measured is None else torch.from_numpy(table.measured),
         )
 
     @property

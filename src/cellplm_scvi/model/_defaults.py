@@ -25,7 +25,7 @@ def default_latent(n_cells: int) -> int:
 def default_batch_size(n_cells: int, *, spatial: bool) -> int:
     """Cells of a minibatch: a power of two, about a 24th of the data, larger where neighbours have to be in it."""
     low, high = (256, 1024) if spatial else (128, 512)
-    return min(high, max(low, 1 << round(math.log2(max(n_cells, 2) / 24))))
+    return min(high, max(low, 1 << round(math.log2(max(n_cells, 24) / 24))))
 
 
 def default_max_epochs(n_cells: int, n_batches: int) -> int:

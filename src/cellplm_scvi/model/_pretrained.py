@@ -174,6 +174,10 @@ class PretrainedMixin:
         if isinstance(source, PretrainedMixin):
             if overwrite_config:
                 raise ValueError("overwrite_config is for published files; this is a trained model.")
+            if type(source) is not cls:
+                raise TypeError(
+                    f"The model is a {type(source).__name__}, not a {cls.__name__}: call this method of its own class."
+                )
             registry, init, state, report = source._parts()
             file = "the model"
         else:

@@ -1,6 +1,7 @@
 """The scvi-tools modules."""
 
+from ._annotator import AnnotatorModule
 from ._module import CellPLMModule
 from ._published import PublishedModule
 
-__all__ = ["CellPLMModule", "PublishedModule"]
+__all__ = ["AnnotatorModule", "CellPLMModule", "PublishedModule"]

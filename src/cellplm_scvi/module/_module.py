@@ -18,6 +18,7 @@ from cellplm_scvi.nn import (
     Latent,
     Neighbourhood,
     Packing,
+    PanelMasking,
     Position,
     SparseCounts,
     TransformerEncoder,
@@ -63,7 +64,11 @@ class CellPLMModule(BaseModuleClass):
         Whether the library size also counts genes that are not modelled.
     max_context
         Most cells that see each other at inference.
+    panels
+        Genes that each data set measured, (n_panels, n_genes), boolean, where they differ.
     """
+
+    panels: Tensor | None
 
     def __init__(
         self,
@@ -89,12 +94,16 @@ class CellPLMModule(BaseModuleClass):
         batch_fold_changes: Tensor | None = None,
         rest: bool = False,
         max_context: int = 8192,
+        panels: Tensor | None = None,
     ):
         super().__init__()
         self.n_hidden = n_hidden
         self.max_context = max_context
         self.gene_likelihood = "nb"
         self.masking = masking
+        self.panel_masking = PanelMasking() if masking is not None else None
+        # of the data that it trains on, so not part of the weights
+        self.register_buffer("panels", panels, persistent=False)
         self.spatial = n_spatial_dims > 0
         local = self.spatial and position == "local"
         self.n_neighbours = n_neighbours if local else 0
@@ -167,10 +176,12 @@ class CellPLMModule(BaseModuleClass):
 
     def encode(self, tensors: Minibatch) -> tuple[Tensor, Tensor]:
         """Mean and variance of q(z|h) of every cell of a minibatch, context included, each (n_cells, n_latent)."""
-        counts = self.counts(tensors)
+        counts, library = self.counts(tensors), tensors["library"]
+        if self.training and self.panel_masking is not None and self.panels is not None:
+            counts, library = self.panel_masking(counts, library, self.panels)
         if self.training and self.masking is not None:
             counts = self.masking(counts)
-        h = self.embedder(counts, tensors["library"])
+        h = self.embedder(counts, library)
         packing = Packing(tensors["lengths"])
         neighbourhood = None
         if self.position is not None:

@@ -38,6 +38,7 @@ class PublishedModule(CellPLMModule):
         self.max_context = max_context
         self.gene_likelihood = "nb"
         self.masking = published_masking(config)
+        self.panel_masking = self.panels = None
         self.spatial = self.absolute_position = False
         self.n_neighbours = 0
         network = PublishedNetwork(config)

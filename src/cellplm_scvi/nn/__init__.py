@@ -1,18 +1,20 @@
 """The network in pure PyTorch: embedder, positions, encoders, latent spaces, decoder, likelihood."""
 
+from ._annotation import AnnotationHead
 from ._attention import Neighbourhood, Packing
 from ._decoder import BatchAwareDecoder
 from ._embedder import GeneEmbedder
 from ._encoders import Encoder, TransformerEncoder
 from ._growth import AddedCodes
 from ._latents import Latent, MixtureLatent, latent_space
-from ._masking import GeneMasking
+from ._masking import GeneMasking, PanelMasking
 from ._nb import GeneOutput, nb_negative_log_likelihood, softmax_nb_loss
 from ._positions import Position, position_code
 from ._sparse import SparseCounts
 
 __all__ = [
     "AddedCodes",
+    "AnnotationHead",
     "BatchAwareDecoder",
     "Encoder",
     "GeneEmbedder",
@@ -22,6 +24,7 @@ __all__ = [
     "MixtureLatent",
     "Neighbourhood",
     "Packing",
+    "PanelMasking",
     "Position",
     "SparseCounts",
     "TransformerEncoder",

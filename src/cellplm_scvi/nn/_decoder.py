@@ -21,12 +21,19 @@ class CovariateCodes(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(0.1 * torch.randn(n_categories, n_hidden))
 
+    @property
+    def n_categories(self) -> int:
+        """Number of categories."""
+        return self.weight.shape[0]
+
     def mean(self) -> Tensor:
         """Mean contribution of the categories, (1, n_hidden)."""
         return self.weight.mean(0, keepdim=True)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """(n_cells,) -> (n_cells, n_hidden)."""
+        """Codes (n_cells,), or shares of the categories (n_categories,), -> (n_cells, n_hidden) or (n_hidden,)."""
+        if codes.is_floating_point():
+            return codes @ self.weight
         known = (codes >= 0) & (codes < self.weight.shape[0])
         learned = self.weight.index_select(0, codes.clamp(0, self.weight.shape[0] - 1))
         return torch.where(known[:, None], learned, self.mean())
@@ -130,7 +137,7 @@ class BatchAwareDecoder(nn.Module):
         z
             (..., n_cells, n_latent).
         covariates
-            Codes of each covariate, (n_cells,).
+            Codes of each covariate, (n_cells,), or shares of its categories, (n_categories,), the same for all cells.
 
         Returns
         -------

@@ -36,8 +36,16 @@ class AddedCodes(nn.Module):
         """Mean contribution of the categories of the trained table alone, (1, n_hidden)."""
         return self.weight.new_zeros(1, self.weight.shape[1]) if self.base is None else self.base.mean()  # type: ignore[operator]
 
+    @property
+    def n_categories(self) -> int:
+        """Number of categories, the added ones included."""
+        return self.n_known + self.weight.shape[0]
+
     def forward(self, codes: Tensor) -> Tensor:
-        """(n_cells,) -> (n_cells, n_hidden)."""
+        """Codes (n_cells,), or shares of the categories (n_categories,), -> (n_cells, n_hidden) or (n_hidden,)."""
+        if codes.is_floating_point():
+            known, added = codes.tensor_split([self.n_known])
+            return added @ self.weight + (0.0 if self.base is None else self.base(known))
         row = codes - self.n_known
         is_added = (row >= 0) & (row < self.weight.shape[0])
         added = self.weight.index_select(0, row.clamp(0, self.weight.shape[0] - 1))

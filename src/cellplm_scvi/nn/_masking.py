@@ -45,3 +45,41 @@ class GeneMasking:
         rates = self.rates(counts.n_cells, counts.values.device)
         keep = torch.rand_like(counts.values) >= rates[counts.rows]
         return counts.with_values(counts.values * keep)
+
+
+@dataclass(frozen=True)
+class PanelMasking:
+    """Shows some cells to the encoder as another data set would have measured them.
+
+    So cells of a reference learn to be embedded, and all their genes to be predicted, from the genes of a panel alone,
+    which is what imputation asks for.
+
+    Parameters
+    ----------
+    cell_rate
+        Share of the cells that are shown through a panel drawn at random.
+    """
+
+    cell_rate: float = 0.5
+
+    def __call__(self, counts: SparseCounts, library: Tensor, panels: Tensor) -> tuple[SparseCounts, Tensor]:
+        """Hide what the panels lack, and take it from the library.
+
+        Parameters
+        ----------
+        counts
+            Counts, (n_cells, n_genes).
+        library
+            Library size, (n_cells,).
+        panels
+            Genes of each panel, (n_panels, n_genes), boolean.
+        """
+        n_cells = counts.n_cells
+        panel = torch.randint(panels.shape[0], (n_cells,), device=library.device)
+        shown = torch.rand(n_cells, device=library.device) >= self.cell_rate
+        keep = shown[counts.rows] | panels[panel[counts.rows], counts.genes]
+        # a cell that would be left with nothing is shown as it is
+        some = torch.zeros(n_cells, device=library.device).index_add_(0, counts.rows, keep.float()) > 0
+        keep = keep | ~some[counts.rows]
+        hidden = library.new_zeros(n_cells).index_add_(0, counts.rows, counts.values * ~keep)
+        return counts.with_values(counts.values * keep), library - hidden

@@ -64,8 +64,8 @@ def _trained(module: CellPLMModule, freeze: Freeze) -> set[int]:
     if freeze == "reference":
         return set(map(id, module.newest_codes()))
     if freeze == "backbone":
-        head = getattr(module, "head", None)
+        heads = [head for name in ("head", "annotation") if (head := getattr(module, name, None)) is not None]
         surface = [p for decoder in module.decoders for p in decoder.surface()]
-        return set(map(id, surface + ([] if head is None else list(head.parameters()))))
+        return set(map(id, surface + [p for head in heads for p in head.parameters()]))
     resting = {id(p) for part in _resting(module, freeze) for p in part.parameters()}
     return {id(p) for p in module.parameters()} - resting

@@ -1,0 +1,185 @@
+"""Fits an annotation head to features: what to use and how strongly to regularise, by cross-validation over samples."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from itertools import product
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.spatial.distance import cdist
+from scipy.special import log_softmax
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+Folds = list[tuple[np.ndarray, np.ndarray]]
+
+#: inverse strengths of the L2 penalty to try
+STRENGTHS = (0.003, 0.03, 0.3)
+MAX_FOLDS = 4
+#: logit of a class that the training cells of a fold lack
+ABSENT = -30.0
+#: most cells of a class in a fit: further ones cost time and add little
+MAX_PER_CLASS = 2000
+
+
+@dataclass
+class HeadFit:
+    """A fitted head.
+
+    Parameters
+    ----------
+    weight, bias
+        (n_classes, n_features), zero for features that are not used, and (n_classes,).
+    temperature
+        Divides the logits.
+    used
+        Name of the features that cross-validation chose.
+    strength
+        Inverse strength of the penalty that it chose.
+    scores
+        Held-out macro-F1 of each choice.
+    """
+
+    weight: np.ndarray
+    bias: np.ndarray
+    temperature: float
+    used: str
+    strength: float
+    scores: dict[str, float] = field(default_factory=dict)
+
+
+def make_folds(labels: np.ndarray, groups: np.ndarray, seed: int) -> Folds:
+    """Folds that leave whole samples out if there are several, else random cells; labels and groups (n_cells,)."""
+    n_groups = np.unique(groups).size
+    rare = np.bincount(labels)[np.unique(labels)].min()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # rare classes are not in every fold
+        if n_groups > 1:
+            splitter = StratifiedGroupKFold(min(MAX_FOLDS, n_groups), shuffle=True, random_state=seed)
+            return list(splitter.split(labels, labels, groups))
+        n_folds = int(min(MAX_FOLDS, max(2, rare)))
+        return list(StratifiedKFold(n_folds, shuffle=True, random_state=seed).split(labels, labels))
+
+
+def fit_regression(
+    x: np.ndarray, labels: np.ndarray, n_classes: int, strength: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Multinomial logistic regression in which each class has the same weight.
+
+    Returns
+    -------
+    Weights (n_classes, n_features) and biases (n_classes,).
+    """
+    rows = _at_most(labels, seed)
+    x, labels = x[rows], labels[rows]
+    weight, bias = np.zeros((n_classes, x.shape[1])), np.full(n_classes, ABSENT)
+    present = np.unique(labels)
+    if present.size == 1:
+        bias[present] = 0.0
+        return weight, bias
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        found = LogisticRegression(C=strength, class_weight="balanced", max_iter=300, tol=1e-3).fit(x, labels)
+    if present.size == 2:  # scikit-learn gives one row for two classes
+        weight[present] = np.stack([-found.coef_[0], found.coef_[0]]) / 2
+        bias[present] = np.array([-found.intercept_[0], found.intercept_[0]]) / 2
+    else:
+        weight[present], bias[present] = found.coef_, found.intercept_
+    return weight, bias
+
+
+def _at_most(labels: np.ndarray, seed: int) -> np.ndarray:
+    """Rows with at most ``MAX_PER_CLASS`` of each label."""
+    order = np.random.default_rng(seed).permutation(labels.size)
+    nth = np.zeros(labels.size, dtype=np.int64)
+    for label in np.unique(labels):
+        rows = order[labels[order] == label]
+        nth[rows] = np.arange(rows.size)
+    return np.flatnonzero(nth < MAX_PER_CLASS)
+
+
+def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Temperature that makes held-out labels likeliest; logits (n_cells, n_classes)."""
+    rows = np.arange(labels.size)
+    seen = logits[rows, labels] > ABSENT / 2  # a class that a fold could not learn says nothing of calibration
+    if not seen.any():
+        return 1.0
+    logits, labels, rows = logits[seen], labels[seen], np.arange(int(seen.sum()))
+
+    def loss(log_temperature: float) -> float:
+        return -float(log_softmax(logits / np.exp(log_temperature), axis=1)[rows, labels].mean())
+
+    return float(np.exp(minimize_scalar(loss, bounds=(-2.0, 3.0), method="bounded").x))
+
+
+def fit_head(
+    features: np.ndarray, choices: dict[str, np.ndarray], labels: np.ndarray, folds: Folds, n_classes: int, seed: int
+) -> HeadFit:
+    """Choose features and penalty by held-out macro-F1, calibrate on held-out logits, and fit to all cells.
+
+    Parameters
+    ----------
+    features
+        Standardised, (n_cells, n_features).
+    choices
+        Columns of each set of features to try.
+    labels
+        (n_cells,), codes.
+    folds
+        Training and held-out rows.
+    """
+    held = np.concatenate([test for _, test in folds])
+    candidates = []
+    for (name, columns), strength in product(choices.items(), STRENGTHS):
+        logits = np.concatenate(
+            [
+                _predict(
+                    features[np.ix_(test, columns)],
+                    fit_regression(features[np.ix_(train, columns)], labels[train], n_classes, strength, seed),
+                )
+                for train, test in folds
+            ]
+        )
+        score = f1_score(labels[held], logits.argmax(1), average="macro")
+        candidates.append((round(float(score), 4), name, strength, logits))
+    scores = {f"{name}, C={strength}": score for score, name, strength, _ in candidates}
+    _, name, strength, logits = max(candidates, key=lambda candidate: candidate[0])
+    weight = np.zeros((n_classes, features.shape[1]))
+    weight[:, choices[name]], bias = fit_regression(features[:, choices[name]], labels, n_classes, strength, seed)
+    return HeadFit(weight, bias, fit_temperature(logits, labels[held]), name, strength, scores)
+
+
+def _predict(x: np.ndarray, fit: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    return x @ fit[0].T + fit[1]
+
+
+def held_out_distances(features: np.ndarray, labels: np.ndarray, folds: Folds, n_classes: int) -> np.ndarray:
+    """Distance of each held-out cell from the nearest class of its fold's training cells."""
+    distances = []
+    for train, test in folds:
+        means, whitening = within_class_whitening(features[train], labels[train], n_classes)
+        distances.append(cdist(features[test] @ whitening, means @ whitening).min(1))
+    return np.concatenate(distances)
+
+
+def within_class_whitening(
+    features: np.ndarray, labels: np.ndarray, n_classes: int, shrinkage: float = 0.1
+) -> tuple[np.ndarray, np.ndarray]:
+    """Means of classes, (n_classes, n_features), and the matrix that makes the covariance within classes unity.
+
+    A class without a cell gets a mean that no cell is near.
+    """
+    means = np.full((n_classes, features.shape[1]), 1e6)
+    for label in np.unique(labels):
+        means[label] = features[labels == label].mean(0)
+    rest = features - means[labels]
+    covariance = rest.T @ rest / max(1, features.shape[0])
+    covariance = (1 - shrinkage) * covariance + shrinkage * np.trace(covariance) / len(covariance) * np.eye(
+        len(covariance)
+    )
+    values, vectors = np.linalg.eigh(covariance)
+    return means, vectors / np.sqrt(np.maximum(values, 1e-8))

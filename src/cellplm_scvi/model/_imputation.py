@@ -1,0 +1,208 @@
+"""Expression of genes that a cell's data set did not measure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from cellplm_scvi import _constants as c
+from cellplm_scvi._compat import AnnOrMuData
+from cellplm_scvi.data._checks import some
+from cellplm_scvi.data._table import CellTable
+from cellplm_scvi.model._embedding import fixed_draws
+from cellplm_scvi.nn import BatchAwareDecoder
+
+if TYPE_CHECKING:
+    from cellplm_scvi.module import CellPLMModule
+
+
+class ImputationMixin:
+    """Decodes every gene of the model for every cell."""
+
+    module: CellPLMModule
+
+    @torch.inference_mode()
+    def get_imputed_expression(
+        self,
+        adata: AnnOrMuData | None = None,
+        indices: Sequence[int] | None = None,
+        gene_list: Sequence[str] | None = None,
+        library_size: float | Literal["latent"] = 1,
+        n_samples: int = 1,
+        return_std: bool = False,
+        batch_size: int | None = None,
+    ) -> pd.DataFrame | tuple[pd.DataFrame, pd.DataFrame]:
+        r"""Expected expression of each gene, also of those that the cell's data set did not measure.
+
+        A gene that was measured is decoded as :meth:`get_normalized_expression` does it. One that was not is decoded as if
+        the cell came from the data sets that did measure it, with the batches and platforms of their cells, because the
+        codes of its own data set have never learned that gene. Its scale follows from the genes that both measured:
+
+        .. math::
+            \rho_{ng} = \sum_{g' \in M_n \cap M_r} \rho_{ng'} \cdot
+                \frac{\exp(\ell^{(r)}_{ng})}{\sum_{g' \in M_n \cap M_r} \exp(\ell^{(r)}_{ng'})}, \qquad g \notin M_n
+
+        with :math:`M_n` the genes of the cell's own panel, :math:`M_r` those of the other data set, and
+        :math:`\ell^{(r)}` the logits decoded as if in it; several data sets are averaged. So the measured genes of a cell
+        add up to ``library_size``, and the others are in the same unit.
+
+        Parameters
+        ----------
+        adata, indices, batch_size
+            As in :meth:`get_normalized_expression`.
+        gene_list
+            Genes of the model to return, in this order; ``None`` is all of them.
+        library_size
+            Counts that the measured genes of a cell add up to; ``"latent"`` is the cell's own library.
+        n_samples
+            1 decodes the mean of q(z|h); more average over draws.
+        return_std
+            Also return the standard deviation of the expectation over draws of z (25, unless ``n_samples`` is larger
+            than 1). It says how well the cell's state is known, and is zero with ``latent="deterministic"``; how well a
+            gene is predicted by that state is another matter, see :meth:`get_imputation_reliability`.
+
+        Returns
+        -------
+        (n_cells, n_genes), or two of them with ``return_std``, rows named by ``obs_names``.
+
+        Raises
+        ------
+        ValueError
+            If ``gene_list`` names a gene that the model does not know.
+        """
+        self._check_if_trained(warn=False)  # type: ignore[attr-defined]
+        adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
+        columns, names = self._vocabulary(gene_list)
+        rows = self._rows(adata.n_obs, indices)  # type: ignore[attr-defined]
+        if return_std and n_samples == 1:
+            n_samples = 25
+        profiles = self._panel_profiles()
+        means, deviations = [np.zeros((0, len(names)), np.float32)], [np.zeros((0, len(names)), np.float32)]
+        with fixed_draws():
+            for tensors in self._make_data_loader(adata, rows, batch_size):  # type: ignore[attr-defined]
+                outputs = self.module.inference(tensors, n_samples=n_samples)
+                z = outputs["qzm"][None] if n_samples == 1 else outputs["z"]
+                inputs = self.module._get_generative_input(tensors, outputs)
+                values = torch.stack([self._imputed(draw, inputs, profiles)[:, columns] for draw in z])
+                if library_size == "latent":
+                    values = values * outputs["library"][:, None]
+                else:
+                    values = values * library_size
+                means.append(values.mean(0).cpu().numpy())
+                deviations.append(values.std(0, correction=0).cpu().numpy())
+        index = adata.obs_names[rows]
+        mean = pd.DataFrame(np.concatenate(means), index=index, columns=names)
+        return (mean, pd.DataFrame(np.concatenate(deviations), index=index, columns=names)) if return_std else mean
+
+    def get_imputation_reliability(
+        self,
+        dataset: str | None = None,
+        held_out: float = 0.2,
+        max_epochs: int | None = None,
+        **train_kwargs: Any,
+    ) -> pd.DataFrame:
+        """Expected quality of each imputed gene, judged by genes that were measured and are held out.
+
+        A second model of the same kind is trained, from which a share of the panel's genes is hidden in ``dataset``. Its
+        predictions of them there are compared with the counts. For all genes, its predictions are also compared with the
+        counts of the other data sets, when it is shown the panel's genes alone. A monotone regression of the former on the
+        latter gives what to expect of genes that cannot be checked.
+
+        Parameters
+        ----------
+        dataset
+            Data set whose imputation is judged; ``None`` is the one that measured the fewest genes.
+        held_out
+            Share of the genes that it shares with others to hide, drawn by ``scvi.settings.seed``.
+        max_epochs, **train_kwargs
+            Of :meth:`train`, for the second model.
+
+        Returns
+        -------
+        DataFrame with a row a gene of the model: Pearson correlations over cells of log1p expression
+        ``reference_correlation`` (NaN for genes that the second model was shown), ``held_out_correlation`` (NaN for genes
+        that were not hidden), and ``expected_correlation``, which is the one to filter by.
+
+        Raises
+        ------
+        ValueError
+            If the model has no AnnData with a table of measured genes, or too few genes can be hidden.
+        """
+        from ._reliability import imputation_reliability
+
+        return imputation_reliability(self, dataset, held_out, max_epochs, train_kwargs)  # type: ignore[arg-type]
+
+    def _vocabulary(self, gene_list: Sequence[str] | None) -> tuple[np.ndarray, pd.Index]:
+        """Places in the model, and names, of the genes asked for."""
+        genes = pd.Index(self.registry_["field_registries"][c.X_KEY]["state_registry"]["column_names"])  # type: ignore[attr-defined]
+        if gene_list is None:
+            return np.arange(len(genes)), genes
+        wanted = pd.Index([gene_list] if isinstance(gene_list, str) else list(gene_list))
+        columns = genes.get_indexer(wanted)
+        if (columns < 0).any():
+            unknown = wanted[columns < 0]
+            raise ValueError(
+                f"gene_list has {len(unknown)} genes that the model does not know ({some(unknown)}): no data set that it was "
+                "trained on measured them."
+            )
+        return columns, wanted
+
+    def _panel_profiles(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """Genes of each data set that the model was trained on, (n_genes,), and the shares of each covariate's categories."""
+        manager = self.adata_manager  # type: ignore[attr-defined]
+        if manager is None:
+            return []
+        table = CellTable.from_manager(manager)
+        if table.measured is None or table.panel is None:
+            return []
+        device, decoder = self.module.device, self.module.decoder
+        # the published decoder gives absent covariates the mean of what was learned
+        tables = decoder.codes.items() if isinstance(decoder, BatchAwareDecoder) else ()
+        return [
+            (
+                torch.from_numpy(genes).to(device),
+                {
+                    name: category_shares(table.covariates[name][table.panel == p], codes.n_categories).to(device)
+                    for name, codes in tables
+                },
+            )
+            for p, genes in enumerate(table.measured)
+        ]
+
+    def _imputed(self, z: Tensor, inputs: dict[str, Any], profiles: list[tuple[Tensor, dict[str, Tensor]]]) -> Tensor:
+        """Expected share of every gene, (n_cells, n_genes); those of measured genes add up to 1."""
+        decoder = self.module.decoder
+        measured, panel = inputs["measured"], inputs["panel"]
+        own = decoder.output(measured).log_shares(decoder(z, inputs["covariates"]), panel).exp()
+        if measured is None:
+            return own
+        known = measured[panel]
+        total, n = torch.zeros_like(own), torch.zeros_like(own)
+        for genes, covariates in profiles:
+            shared = known & genes
+            new = ~known & genes & shared.any(1, keepdim=True)
+            if not new.any():
+                continue
+            hidden = decoder(z, covariates)
+            logits = decoder.output().log_shares(hidden, None)
+            scale = (own * shared).sum(1, keepdim=True).log() - logits.masked_fill(~shared, -torch.inf).logsumexp(
+                1, True
+            )
+            total = total + torch.where(new, (logits + scale).exp(), 0.0)
+            n = n + new
+        # a gene that no data set of the model measured together with these has no value
+        return torch.where(known, own, torch.where(n > 0, total / n.clamp_min(1), torch.nan))
+
+
+def category_shares(codes: np.ndarray, n_categories: int) -> Tensor:
+    """Share of each category among cells, (n_categories,), float32; unknown categories are left out."""
+    known = codes[(codes >= 0) & (codes < n_categories)]
+    counts = np.bincount(known, minlength=n_categories).astype(np.float32)
+    return torch.from_numpy(
+        counts / counts.sum() if known.size else np.full(n_categories, 1 / n_categories, np.float32)
+    )

@@ -1,0 +1,151 @@
+"""Annotation of cell types."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from anndata import AnnData
+from sklearn.metrics import f1_score
+
+from cellplm_scvi import CellPLM, CellPLMAnnotator
+
+
+@pytest.fixture(scope="module")
+def labelled(make_tissues, build, train) -> CellPLM:
+    """A small model; one of its samples is unlabelled."""
+    model = train(build(make_tissues(240)), max_epochs=3, plan_kwargs={"lr": 1e-2})
+    labels = model.adata.obs["cell_type"].astype(object)
+    labels[model.adata.obs["sample"] == "sample1"] = None
+    model.adata.obs["label"] = labels
+    return model
+
+
+@pytest.fixture(scope="module")
+def annotator(labelled) -> CellPLMAnnotator:
+    annotator = CellPLMAnnotator.from_cellplm(labelled, "label", unlabeled_category="nobody knows")
+    annotator.train()
+    return annotator
+
+
+def test_names_of_unlabelled_cells(annotator, labelled):
+    adata = labelled.adata
+    hidden = adata.obs["label"].isna().to_numpy()
+    predicted = annotator.predict()
+    assert predicted.shape == (adata.n_obs,)
+    assert f1_score(adata.obs["cell_type"][hidden], predicted[hidden], average="macro") > 0.9
+
+
+def test_the_model_stays_as_it_was(annotator, labelled):
+    np.testing.assert_allclose(annotator.get_latent_representation(), labelled.get_latent_representation(), atol=1e-6)
+    assert not hasattr(labelled.module, "annotation")
+    assert "label" not in str(labelled.registry_["setup_args"]["labels_key"])
+
+
+def test_probabilities(annotator, labelled):
+    soft = annotator.predict(soft=True)
+    assert list(soft.columns) == ["type0", "type1", "type2"]
+    assert list(soft.index) == list(labelled.adata.obs_names)
+    np.testing.assert_allclose(soft.sum(axis=1), 1, rtol=1e-4)
+    np.testing.assert_array_equal(soft.columns[soft.to_numpy().argmax(1)], annotator.predict())
+    rows = [5, 1, 100]
+    pd.testing.assert_frame_equal(annotator.predict(indices=rows, soft=True), soft.iloc[rows], rtol=1e-4)
+
+
+def test_cells_that_fit_no_class(annotator, labelled):
+    strange = labelled.adata[:40].copy()
+    counts = np.zeros(strange.shape, dtype=np.float32)
+    counts[:, :2] = 200.0  # two genes alone, of different types
+    strange.X = counts
+    assert (annotator.predict(strange, unknown_rate=0.05) == "nobody knows").mean() > 0.9
+    assert (annotator.predict(strange) != "nobody knows").all()
+    known = annotator.predict(unknown_rate=0.05) == "nobody knows"
+    assert known.mean() < 0.15
+    soft = annotator.predict(strange, soft=True, unknown_rate=0.05)
+    np.testing.assert_allclose(soft.sum(axis=1), 1, rtol=1e-4)
+    assert soft["nobody knows"].mean() > 0.9
+    # the rate is that of held-out cells
+    assert (annotator.predict(unknown_rate=0.5) == "nobody knows").mean() > known.mean()
+
+
+def test_a_rare_class_is_not_lost(labelled):
+    adata = labelled.adata.copy()
+    labels = adata.obs["cell_type"].astype(object)
+    rare = np.flatnonzero(labels == "type2")
+    labels.iloc[rare[6:]] = "unknown"
+    adata.obs["few"] = labels
+    annotator = CellPLMAnnotator.from_cellplm(labelled, "few", adata=adata)
+    annotator.train()
+    assert (annotator.predict(indices=rare[6:]) == "type2").mean() > 0.8
+
+
+def test_save_load_and_go_on(annotator, labelled, tmp_path):
+    annotator.save(str(tmp_path / "one"))
+    again = CellPLMAnnotator.load(str(tmp_path / "one"), adata=labelled.adata.copy(), accelerator="cpu")
+    pd.testing.assert_frame_equal(again.predict(soft=True), annotator.predict(soft=True), rtol=1e-4)
+    again.train()
+    np.testing.assert_array_equal(again.predict(), annotator.predict())
+
+
+def test_own_format(annotator, labelled, tmp_path):
+    pytest.importorskip("safetensors")
+    annotator.save_pretrained(tmp_path / "own")
+    new = labelled.adata.copy()
+    new.uns.clear()  # as it was before it was set up
+    for column in [*new.obs.columns[new.obs.columns.str.startswith("_scvi")], "label"]:
+        del new.obs[column]
+    again = CellPLMAnnotator.from_pretrained(tmp_path / "own", new, accelerator="cpu")
+    np.testing.assert_array_equal(again.predict(), annotator.predict())
+
+
+def test_fine_tuning(labelled):
+    annotator = CellPLMAnnotator.from_cellplm(labelled, "label")
+    annotator.train(
+        4, fine_tune=True, batch_size=48, accelerator="cpu", enable_progress_bar=False, plan_kwargs={"lr": 1e-2}
+    )
+    losses = annotator.history["labels_loss_train"].to_numpy(dtype=float).ravel()
+    assert losses[-1] < losses[0]
+    assert np.abs(annotator.get_latent_representation() - labelled.get_latent_representation()).max() > 1e-3
+    hidden = labelled.adata.obs["label"].isna().to_numpy()
+    right = annotator.predict()[hidden] == labelled.adata.obs["cell_type"][hidden]
+    assert right.mean() > 0.9
+
+
+def test_fine_tuning_of_a_mapped_query(labelled, train):
+    """The whole network learns the labels, though the query it comes from trains its codes alone."""
+    new = labelled.adata.copy()
+    new.obs["batch"] = "new"
+    query = CellPLM.load_query_data(new, labelled, accelerator="cpu")
+    annotator = CellPLMAnnotator.from_cellplm(query, "label")
+    embedding = query.get_latent_representation()
+    train(annotator, 1, fine_tune=True, plan_kwargs={"lr": 1e-2})
+    assert np.abs(annotator.get_latent_representation() - embedding).max() > 1e-3
+
+
+def test_labels_of_other_data(labelled, make_tissues):
+    other = make_tissues(120, seed=3)
+    for column in ("batch", "platform", "study"):
+        other.obs[column] = other.obs[column].astype(str)
+    annotator = CellPLMAnnotator.from_cellplm(labelled, "cell_type", adata=other)
+    annotator.train()
+    assert (annotator.predict(labelled.adata) == labelled.adata.obs["cell_type"]).mean() > 0.5
+    assert annotator.predict().shape == (120,)
+
+
+def test_mistakes(labelled, build, tissues: AnnData):
+    with pytest.raises(ValueError, match="not trained: call model.train"):
+        CellPLMAnnotator.from_cellplm(build(tissues), "cell_type")
+    with pytest.raises(KeyError, match='labels_key="kind" is not a column'):
+        CellPLMAnnotator.from_cellplm(labelled, "kind")
+    one = labelled.adata.copy()
+    one.obs["one"] = "same"
+    with pytest.raises(ValueError, match="has 1 class beside"):
+        CellPLMAnnotator.from_cellplm(labelled, "one", adata=one)
+    annotator = CellPLMAnnotator.from_cellplm(labelled, "label")
+    with pytest.raises(ValueError, match="not trained: call train"):
+        annotator.predict()
+    with pytest.raises(ValueError, match="fine_tune=True"):
+        annotator.train(max_epochs=3)
+    CellPLMAnnotator.setup_anndata(tissues)
+    with pytest.raises(ValueError, match="needs labels"):
+        CellPLMAnnotator(tissues)

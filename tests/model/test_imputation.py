@@ -1,0 +1,165 @@
+"""Expression of genes that a data set did not measure."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from anndata import AnnData
+
+from cellplm_scvi import CellPLM
+from cellplm_scvi.data import synthetic_tissues, true_shares
+from cellplm_scvi.nn import PanelMasking, SparseCounts
+
+KEYS = {
+    "batch_key": "batch",
+    "platform_key": "platform",
+    "dataset_key": "dataset",
+    "sample_key": "sample",
+    "spatial_key": "spatial",
+    "measured_genes_key": "measured_genes",
+}
+
+
+@pytest.fixture(scope="module")
+def adata() -> AnnData:
+    """Two dissociated samples with all 60 genes and two sections with 40 of them."""
+    return synthetic_tissues(
+        400, 60, 4, n_types=3, n_dissociated=2, n_panel_genes=40, niche_effect=0.5, rare_share=0.2, platform_effect=0.2
+    )
+
+
+@pytest.fixture(scope="module")
+def model(adata) -> CellPLM:
+    CellPLM.setup_anndata(adata, **KEYS)
+    model = CellPLM(adata, n_hidden=32, n_latent=6, n_layers=1, n_components=4, n_neighbours=6, n_niche=4)
+    model.train(
+        15,
+        accelerator="cpu",
+        devices=1,
+        enable_progress_bar=False,
+        batch_size=64,
+        train_size=1.0,
+        plan_kwargs={"lr": 5e-3},
+    )
+    return model
+
+
+@pytest.fixture(scope="module")
+def known(adata) -> np.ndarray:
+    """Which genes each cell's data set measured, (n_cells, n_genes)."""
+    return pd.DataFrame(adata.varm["measured_genes"])[adata.obs["dataset"]].to_numpy().T
+
+
+def test_every_gene_has_a_value_and_the_measured_ones_add_up(model, adata, known):
+    imputed = model.get_imputed_expression(library_size=100)
+    assert list(imputed.columns) == list(adata.var_names)
+    assert list(imputed.index) == list(adata.obs_names)
+    assert imputed.notna().all(axis=None)
+    np.testing.assert_allclose((imputed.to_numpy() * known).sum(1), 100, rtol=1e-4)
+    assert ((imputed.to_numpy() * ~known).sum(1) > 0).tolist() == (~known).any(1).tolist()
+
+
+def test_measured_genes_are_as_they_are_otherwise(model, known):
+    imputed = model.get_imputed_expression().to_numpy()
+    decoded = model.get_normalized_expression().to_numpy()
+    np.testing.assert_allclose(imputed[known], decoded[known], rtol=1e-4)
+
+
+def test_the_own_library(model, adata, known):
+    imputed = model.get_imputed_expression(library_size="latent").to_numpy()
+    np.testing.assert_allclose((imputed * known).sum(1), np.asarray(adata.X.sum(1)).ravel(), rtol=1e-3)
+
+
+def test_imputed_genes_follow_the_truth(model, adata, known):
+    """Over the cells of the sections, better than chance for most genes that these did not measure."""
+    section = (adata.obs["dataset"] == "spatial").to_numpy()
+    genes = np.flatnonzero(~known[section][0])
+    imputed = np.log(model.get_imputed_expression().to_numpy()[section][:, genes])
+    truth = np.log(true_shares(adata).to_numpy()[section][:, genes])
+    correlations = [np.corrcoef(imputed[:, g], truth[:, g])[0, 1] for g in range(genes.size)]
+    assert np.median(correlations) > 0.5
+    # the scale is that of the truth too: shares relative to the measured genes
+    relative = truth - np.log((true_shares(adata).to_numpy()[section] * known[section]).sum(1, keepdims=True))
+    assert np.corrcoef(imputed.mean(0), relative.mean(0))[0, 1] > 0.8
+
+
+def test_rows_and_genes_as_asked_for(model, adata):
+    genes = list(adata.var_names[[50, 3, 20]])
+    rows = [7, 2, 300]
+    part = model.get_imputed_expression(indices=rows, gene_list=genes)
+    whole = model.get_imputed_expression()
+    pd.testing.assert_frame_equal(part, whole.iloc[rows][genes], rtol=1e-4)
+    with pytest.raises(ValueError, match=r'1 genes that the model does not know \("geneX"\)'):
+        model.get_imputed_expression(gene_list=["geneX"])
+
+
+def test_genes_absent_from_new_data_are_imputed(model, adata, known):
+    section = adata[adata.obs["dataset"] == "spatial"]
+    panel = adata.varm["measured_genes"]["spatial"].to_numpy()
+    new = section[:, panel].copy()
+    with pytest.warns(UserWarning, match="count as not measured"):
+        imputed = model.get_imputed_expression(new)
+    expected = model.get_imputed_expression().loc[section.obs_names]
+    np.testing.assert_allclose(imputed.to_numpy(), expected.to_numpy(), rtol=1e-3, atol=1e-6)
+
+
+def test_uncertainty(model):
+    mean, deviation = model.get_imputed_expression(indices=range(20), return_std=True)
+    assert mean.shape == deviation.shape == (20, 60)
+    assert (deviation > 0).all(axis=None)
+    again = model.get_imputed_expression(indices=range(20), return_std=True)[1]
+    pd.testing.assert_frame_equal(deviation, again)
+
+
+def test_categories_that_were_added(model, adata):
+    """Shares of a table's categories mix their contributions, those of the added ones too."""
+    new = adata.copy()
+    new.obs["batch"] = "new " + new.obs["batch"].astype(str)
+    grown = CellPLM.from_pretrained(model, new, new_categories="add", accelerator="cpu")
+    n_new = new.obs["batch"].nunique()
+    for table in grown.module.decoder.tables("batch"):
+        torch.nn.init.normal_(table.weight)
+        assert table.n_categories == 2 * n_new
+        mixed = torch.stack([table(share) for share in torch.eye(2 * n_new)])
+        torch.testing.assert_close(mixed, table(torch.arange(2 * n_new)))
+    assert grown.get_imputed_expression().notna().all(axis=None)
+
+
+def test_reliability(model, adata):
+    found = model.get_imputation_reliability(
+        max_epochs=8, batch_size=64, accelerator="cpu", enable_progress_bar=False, plan_kwargs={"lr": 5e-3}
+    )
+    panel = adata.varm["measured_genes"]["spatial"]
+    held_out = found["held_out_correlation"].notna()
+    assert held_out.sum() == 8
+    assert panel[held_out].all()
+    assert found.loc[~panel, "expected_correlation"].between(-1, 1).all()
+    assert found.loc[panel & ~held_out, "expected_correlation"].isna().all()
+    # the expectation never falls where the reference is predicted better
+    ordered = found.dropna(subset=["expected_correlation"]).sort_values("reference_correlation")["expected_correlation"]
+    assert (ordered.diff().dropna() >= 0).all()
+    with pytest.raises(ValueError, match='dataset="xenium" is not one of "reference", "spatial"'):
+        model.get_imputation_reliability("xenium")
+    with pytest.raises(ValueError, match="held_out=0.05"):
+        model.get_imputation_reliability(held_out=0.05)
+
+
+def test_other_panels_in_training():
+    torch.manual_seed(0)
+    dense = torch.poisson(torch.full((400, 10), 3.0))
+    sparse = dense.to_sparse_csr()
+    counts = SparseCounts(sparse.values(), sparse.col_indices(), sparse.crow_indices(), 10)
+    panels = torch.zeros(2, 10, dtype=torch.bool)
+    panels[0], panels[1, :4] = True, True
+    shown, library = PanelMasking(cell_rate=1.0)(counts, dense.sum(1) + 5, panels)
+    whole = (shown.to_dense() == dense).all(1)
+    part = shown.to_dense()[:, 4:].sum(1) == 0
+    assert (whole | part).all()
+    assert 0.3 < part.float().mean() < 0.7
+    # the library loses what is hidden, and keeps what is outside of the table
+    torch.testing.assert_close(library, shown.to_dense().sum(1) + 5)
+    unchanged, same = PanelMasking(cell_rate=0.0)(counts, dense.sum(1), panels)
+    torch.testing.assert_close(unchanged.to_dense(), dense)
+    torch.testing.assert_close(same, dense.sum(1))
