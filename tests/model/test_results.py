@@ -117,7 +117,8 @@ def test_mixture_probabilities(model):
     latent = model.module.latent
     z = torch.from_numpy(model.get_latent_representation())
     with torch.no_grad():
-        components = torch.distributions.Normal(latent.component_mean, latent.component_log_variance.mul(0.5).exp())
+        mean, variance = latent.components()
+        components = torch.distributions.Normal(mean, variance.sqrt())
         joint = components.log_prob(z[:, None]).sum(-1) + latent.component_logit.log_softmax(0)
         expected = joint.softmax(1).numpy()
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)

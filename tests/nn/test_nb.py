@@ -140,8 +140,9 @@ def test_loss_and_gradient_are_the_same_on_a_gpu(panels):
     def run(device: str) -> list[torch.Tensor]:
         here = [t.detach().to(device).requires_grad_() for t in leaves_of(h, output)]
         measured = None if output.measured is None else output.measured.to(device)
-        moved = SparseCounts(*(t.to(device) for t in (counts.values, counts.genes, counts.offsets)), counts.n_genes)
-        out = GeneOutput(*here[1:], measured, True)
+        values, genes, offsets = (t.to(device) for t in (counts.values, counts.genes, counts.offsets))
+        moved = SparseCounts(values, genes, offsets, counts.n_genes)
+        out = GeneOutput(here[1], here[2], here[3], measured, True)
         loss, _ = softmax_nb_loss(
             here[0], moved, library.to(device), out, share.to(device), None if panel is None else panel.to(device)
         )

@@ -17,12 +17,11 @@ def test_the_mixture_is_that_of_torch(n_components, n_latent, seed):
     torch.manual_seed(seed)
     latent = MixtureLatent(8, n_latent, n_components)
     with torch.no_grad():
-        for parameter in (latent.component_mean, latent.component_log_variance, latent.component_logit):
+        for parameter in (latent.raw_mean, latent.raw_log_variance, latent.component_logit):
             parameter.normal_()
     z = torch.randn(7, n_latent)
-    components = torch.distributions.Independent(
-        torch.distributions.Normal(latent.component_mean, latent.component_log_variance.mul(0.5).exp()), 1
-    )
+    centres, variances = latent.components()
+    components = torch.distributions.Independent(torch.distributions.Normal(centres, variances.sqrt()), 1)
     mixture = torch.distributions.MixtureSameFamily(
         torch.distributions.Categorical(logits=latent.component_logit), components
     )
@@ -36,7 +35,7 @@ def test_a_mixture_of_the_standard_normal_has_the_divergence_of_one_gaussian_on_
     torch.manual_seed(0)
     mixture, gaussian = latent_space("mixture", 8, 3, 4), latent_space("gaussian", 8, 3, 4)
     with torch.no_grad():
-        mixture.component_mean.zero_()
+        mixture.raw_mean.zero_()
     mean, variance = gaussian.posterior(torch.randn(5, 8))
     z = mixture.sample(mean, variance, 20_000)
     drawn = mixture.divergence(z, mean, variance).mean(0)
@@ -56,11 +55,35 @@ def test_draws_have_the_moments_of_the_posterior(kind):
     assert latent.divergence(z, mean, variance).shape == (20_000, 5)
 
 
+@given(st.integers(1, 6), st.integers(1, 5), st.floats(0.01, 30), st.integers(0, 1000))
+def test_the_mixture_has_mean_0_and_variance_1_most_of_it_inside_components(n_components, n_latent, scale, seed):
+    """Wherever training drives its parameters: else components and cells move apart together."""
+    torch.manual_seed(seed)
+    latent = MixtureLatent(8, n_latent, n_components)
+    with torch.no_grad():
+        for parameter in (latent.raw_mean, latent.raw_log_variance, latent.component_logit):
+            parameter.normal_().mul_(scale)
+    weight = latent.component_logit.softmax(0)[:, None]
+    mean, variance = latent.components()
+    between = (weight * mean.square()).sum(0)
+    torch.testing.assert_close((weight * mean).sum(0), torch.zeros(n_latent), rtol=0, atol=1e-5)
+    torch.testing.assert_close(between + (weight * variance).sum(0), torch.ones(n_latent), rtol=1e-4, atol=1e-5)
+    assert (between <= 0.0301).all()
+    assert (variance > 0.3).all()
+
+
 def test_components_are_set():
+    """Weights as given; means and variances up to a scale and a shift a dimension, within their bounds."""
     latent = MixtureLatent(8, 2, 3)
-    latent.set_components(torch.eye(3)[:, :2], torch.full((3, 2), 0.5), torch.tensor([0.2, 0.3, 0.5]))
-    torch.testing.assert_close(latent.component_logit.softmax(0), torch.tensor([0.2, 0.3, 0.5]))
-    torch.testing.assert_close(latent.component_log_variance.exp(), torch.full((3, 2), 0.5))
+    given_mean, given_variance = torch.tensor([[1.0, 0], [0, 1], [-1, 2]]), torch.tensor([[0.9, 1], [1, 1], [1, 1.2]])
+    weight = torch.tensor([0.2, 0.3, 0.5])
+    latent.set_components(given_mean, given_variance, weight)
+    mean, variance = latent.components()
+    torch.testing.assert_close(latent.component_logit.softmax(0), weight)
+    torch.testing.assert_close(variance[1] / variance[0], given_variance[1] / given_variance[0])
+    torch.testing.assert_close(
+        (mean[2] - mean[0]) / (mean[1] - mean[0]), (given_mean[2] - given_mean[0]) / (given_mean[1] - given_mean[0])
+    )
 
 
 def test_masking_follows_its_distribution():

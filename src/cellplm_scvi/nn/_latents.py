@@ -13,6 +13,10 @@ from torch.nn import functional as F
 Latent = Literal["mixture", "gaussian", "deterministic"]
 
 MIN_VARIANCE = 1e-4
+#: largest share of the prior's variance that lies between the components of the mixture
+MAX_BETWEEN = 0.03
+#: bound of the log of a component's variance relative to the mean of all
+MAX_LOG_RATIO = 0.5
 
 
 class LatentSpace(nn.Module, ABC):
@@ -83,27 +87,41 @@ class MixtureLatent(GaussianLatent):
     :math:`E_{q(y|z)}[\log q(z|h) - \log p(z|y)]` and :math:`KL(q(y|z) \| \pi)`, add up to
     :math:`\log q(z|h) - \log p(z)`, which is estimated with the draw of z that the decoder sees. Both are live: means,
     variances and weights of the components get a gradient at every step.
+
+    In each dimension, the mixture as a whole has mean 0 and variance 1, a small part of it between the components, whose
+    variances are alike. A divergence costs nothing where components and cells move apart together, so that without these
+    bounds the embedding falls into as many tight lumps as there are components, whatever the cell types are.
     """
 
     def __init__(self, n_hidden: int, n_latent: int, n_components: int):
         super().__init__(n_hidden, n_latent)
-        self.component_mean = nn.Parameter(0.1 * torch.randn(n_components, n_latent))
-        self.component_log_variance = nn.Parameter(torch.zeros(n_components, n_latent))
+        self.raw_mean = nn.Parameter(0.1 * torch.randn(n_components, n_latent))
+        self.raw_log_variance = nn.Parameter(torch.zeros(n_components, n_latent))
         self.component_logit = nn.Parameter(torch.zeros(n_components))
 
     @property
     def n_components(self) -> int:
-        return self.component_mean.shape[0]
+        return self.component_logit.shape[0]
+
+    def components(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance of each component, each (n_components, n_latent)."""
+        share = self.component_logit.softmax(0)[:, None]
+        centred = self.raw_mean - (share * self.raw_mean).sum(0)
+        spread = (share * centred.square()).sum(0)
+        between = MAX_BETWEEN * spread / (spread + 1)
+        mean = centred * (MAX_BETWEEN / (spread + 1)).sqrt()
+        ratio = (MAX_LOG_RATIO * torch.tanh(self.raw_log_variance / MAX_LOG_RATIO)).exp()
+        return mean, (1 - between) * ratio / (share * ratio).sum(0)
 
     def component_log_joint(self, z: Tensor) -> Tensor:
         """Log pi_y + log N(z; m_y, s_y^2), (..., n_cells, n_components)."""
-        precision = torch.exp(-self.component_log_variance)
-        mean = self.component_mean
+        mean, variance = self.components()
+        precision = 1 / variance
         # expanded square: (z - m)^2 / s^2 without a tensor of cells x components x dimensions
         square = (
             z.square() @ precision.T - 2 * (z @ (mean * precision).T) + (mean.square() * precision).sum(1)
         ).clamp_min(0.0)
-        log_norm = self.component_log_variance.sum(1) + z.shape[-1] * math.log(2 * math.pi)
+        log_norm = variance.log().sum(1) + z.shape[-1] * math.log(2 * math.pi)
         return self.component_logit.log_softmax(0) - 0.5 * (square + log_norm)
 
     def responsibilities(self, z: Tensor) -> Tensor:
@@ -116,9 +134,19 @@ class MixtureLatent(GaussianLatent):
 
     @torch.no_grad()
     def set_components(self, mean: Tensor, variance: Tensor, weight: Tensor) -> None:
-        """Place the components, (n_components, n_latent) twice and (n_components,)."""
-        self.component_mean.copy_(mean)
-        self.component_log_variance.copy_(variance.clamp_min(MIN_VARIANCE).log())
+        """Place the components where a mixture has them, up to its scale and the bounds of :meth:`components`.
+
+        Parameters
+        ----------
+        mean, variance
+            Of each component, (n_components, n_latent).
+        weight
+            Of each component, (n_components,), summing to one.
+        """
+        within = (weight[:, None] * variance.clamp_min(MIN_VARIANCE)).sum(0)
+        self.raw_mean.copy_((mean - (weight[:, None] * mean).sum(0)) / within.sqrt())
+        ratio = (variance.clamp_min(MIN_VARIANCE) / within).log() / MAX_LOG_RATIO
+        self.raw_log_variance.copy_(MAX_LOG_RATIO * torch.atanh(ratio.clamp(-0.7, 0.7)))
         self.component_logit.copy_(weight.clamp_min(1e-8).log())
 
 

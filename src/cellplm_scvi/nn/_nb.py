@@ -158,7 +158,7 @@ class _SoftmaxNB(torch.autograd.Function):
         w_theta, shifted = w * theta[:, None], b - log_theta
         for rows, span in _chunks(counts, n_genes):
             logits = torch.addmm(shifted, h[rows], w.T)
-            if measured is not None:
+            if measured is not None and panel is not None:
                 logits.masked_fill_(~measured[panel[rows]], -torch.inf)
             log_q = logits.log_softmax(1)
             cells = counts.rows[span] - rows.start
@@ -188,7 +188,8 @@ class _SoftmaxNB(torch.autograd.Function):
             grad_w.addmm_(u.T, h[rows] * weight[rows, None])
             grad_b += weight[rows] @ u
         grads = [grad_h * weight[:, None], grad_w * theta[:, None], grad_b * theta, grad_theta * theta]
-        ctx.save_for_backward(*grads) if needs_grad else None
+        if needs_grad:
+            ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(loss)
         return weight @ loss, loss
 

@@ -43,7 +43,7 @@ class PlaceMixtureComponents(Callback):
         # Every rank sees its own share of the cells; the first one decides.
         place_components(latent, *self._embed(trainer, module))
         optimizer = trainer.optimizers[0]
-        for parameter in (latent.component_mean, latent.component_log_variance, latent.component_logit):
+        for parameter in (latent.raw_mean, latent.raw_log_variance, latent.component_logit):
             optimizer.state.pop(parameter, None)
             if distributed.is_available() and distributed.is_initialized():
                 distributed.broadcast(parameter.data, src=0)
