@@ -257,6 +257,7 @@ class CellLoader(DataLoader):
     def __init__(self, dataset: CellDataset, sampler: MinibatchSampler, **kwargs: Any):
         # the default generator is the user's: computing a result must not move it
         kwargs.setdefault("generator", torch.Generator())
+        kwargs.setdefault("pin_memory", torch.cuda.is_available())
         kwargs.setdefault("num_workers", settings.dl_num_workers)
         kwargs.setdefault("persistent_workers", settings.dl_persistent_workers and kwargs["num_workers"] > 0)
         super().__init__(dataset, sampler=sampler, batch_size=None, **kwargs)

@@ -289,7 +289,7 @@ class CellPLMAnnotator(CellPLM):
 
     def _raw_features(self, table: CellTable, rows: np.ndarray, batch_size: int | None = None) -> np.ndarray:
         """Embedding and principal components of expression, (n_cells, n_features)."""
-        mean, _ = self._moments(table, rows, batch_size)
+        mean, _ = self._moments(table, rows, batch_size, mean_only=True)
         loadings = self.module.annotation.loadings.cpu().numpy()
         parts = [
             self._log_expression(table, rows[start : start + CHUNK_ROWS]) @ loadings

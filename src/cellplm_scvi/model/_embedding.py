@@ -73,14 +73,19 @@ class EmbeddingMixin:
         return CellTable.from_manager(self.get_anndata_manager(adata, required=True))  # type: ignore[attr-defined]
 
     @torch.inference_mode()
-    def _moments(self, table: CellTable, rows: np.ndarray, batch_size: int | None) -> Moments:
-        """Mean and variance of q(z|h), each (n_cells of the table, n_latent); NaN for rows not asked for."""
+    def _moments(
+        self, table: CellTable, rows: np.ndarray, batch_size: int | None, *, mean_only: bool = False
+    ) -> Moments:
+        """Mean and variance of q(z|h), each (n_cells of the table, n_latent); NaN for rows not asked for.
+
+        With ``mean_only``, the second is the first: for a published mixture, the variance costs more than the mean.
+        """
         if self._kept_moments is not None:
             return self._kept_moments[1]
         self.module.eval()
         n_latent = self.module.latent.mean.out_features
         mean = np.full((table.n_cells, n_latent), np.nan, dtype=np.float32)
-        variance = np.full_like(mean, np.nan)
+        variance = mean if mean_only else np.full_like(mean, np.nan)
         loader = whole_sample_loader(
             table,
             self._spatial_inputs,
@@ -92,8 +97,11 @@ class EmbeddingMixin:
         with fixed_draws():
             for request, tensors in zip(loader.sampler, loader, strict=True):
                 empty += int((tensors["offsets"].diff() == 0).sum())
-                outputs = self.module.inference(tensors)
                 found = request.rows if request.target is None else request.rows[request.target]
+                if mean_only:
+                    mean[found] = self.module.embed(tensors).float().cpu().numpy()
+                    continue
+                outputs = self.module.inference(tensors)
                 mean[found] = outputs["qzm"].float().cpu().numpy()
                 variance[found] = outputs["qzv"].float().cpu().numpy()
         if empty:
@@ -176,7 +184,12 @@ class EmbeddingMixin:
             adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
             table = self._table(adata)
             rows = self._rows(table.n_cells, indices)
-            mean, variance = (moment[rows] for moment in self._moments(table, rows, batch_size))
+            mean_only = give_mean and not return_dist
+            # without indices, the result is the array that was filled, not a copy
+            mean, variance = (
+                moment if indices is None else moment[rows]
+                for moment in self._moments(table, rows, batch_size, mean_only=mean_only)
+            )
         if return_dist:
             return mean, variance
         if give_mean:

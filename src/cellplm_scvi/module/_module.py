@@ -174,8 +174,8 @@ class CellPLMModule(BaseModuleClass):
         """Counts of the minibatch, (n_cells, n_genes)."""
         return SparseCounts(tensors["values"], tensors["genes"], tensors["offsets"], self.n_genes)
 
-    def encode(self, tensors: Minibatch) -> tuple[Tensor, Tensor]:
-        """Mean and variance of q(z|h) of every cell of a minibatch, context included, each (n_cells, n_latent)."""
+    def hidden(self, tensors: Minibatch) -> Tensor:
+        """Hidden state h of every cell of a minibatch, context included, (n_cells, n_hidden)."""
         counts, library = self.counts(tensors), tensors["library"]
         if self.training and self.panel_masking is not None and self.panels is not None:
             counts, library = self.panel_masking(counts, library, self.panels)
@@ -188,7 +188,17 @@ class CellPLMModule(BaseModuleClass):
             h = h + self.position(self._coordinates(tensors))
             if "neighbours" in tensors:
                 neighbourhood = Neighbourhood(tensors["neighbours"], tensors["distances"])
-        return self.latent.posterior(self.encoder(h, packing, neighbourhood))
+        return self.encoder(h, packing, neighbourhood)
+
+    def encode(self, tensors: Minibatch) -> tuple[Tensor, Tensor]:
+        """Mean and variance of q(z|h) of every cell of a minibatch, context included, each (n_cells, n_latent)."""
+        return self.latent.posterior(self.hidden(tensors))
+
+    @auto_move_data
+    def embed(self, tensors: Minibatch) -> Tensor:
+        """Mean of q(z|h) of the cells that count, (n_targets, n_latent)."""
+        h = self.hidden(tensors)
+        return self.latent.posterior_mean(h[tensors["target"]] if "target" in tensors else h)
 
     def _coordinates(self, tensors: Minibatch) -> Tensor:
         """Coordinates where the position code takes them; else only whether a cell has any neighbour."""

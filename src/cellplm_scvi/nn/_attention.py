@@ -85,6 +85,18 @@ class Packing:
             return rows.sum(0, keepdim=True)
         return rows.new_zeros(self.n_samples, *rows.shape[1:]).index_add(0, self.segment, rows)
 
+    def weighted_sum(self, rows: Tensor, weight: Tensor) -> Tensor:
+        """Sum over the cells of each sample, (n_cells, n_heads, d) by (n_cells, n_heads) -> (n_samples, n_heads, d)."""
+        if self.n_samples == 1:
+            return torch.einsum("nhd,nh->hd", rows, weight)[None]
+        return self.sum(rows * weight[..., None])
+
+    def dot(self, rows: Tensor, of_sample: Tensor) -> Tensor:
+        """Product with a vector of the cell's sample, (n_cells, n_heads, d) by (n_samples, n_heads, d)."""
+        if self.n_samples == 1:
+            return torch.einsum("nhd,hd->nh", rows, of_sample[0])
+        return (rows * of_sample.index_select(0, self.segment)).sum(-1)
+
     def softmax(self, rows: Tensor) -> Tensor:
         """Softmax over the cells of each sample, of values of bounded size, (n_cells, ...), in float32."""
         exp = rows.float().exp()
@@ -175,22 +187,17 @@ class FlowAttention(GlobalAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
         q, k, v = q.float().sigmoid(), k.float().sigmoid(), v.float()
-        segment = packing.segment
-        one_sample = packing.n_samples == 1
-
-        def spread(per_sample: Tensor) -> Tensor:
-            return per_sample if one_sample else per_sample.index_select(0, segment)
-
-        incoming = ((q + EPS) * (spread(packing.sum(k)) + EPS)).sum(-1, keepdim=True)
-        outgoing = ((k + EPS) * (spread(packing.sum(q)) + EPS)).sum(-1, keepdim=True)
-        conserved_in = ((q + EPS) * (spread(packing.sum(k / outgoing)) + EPS)).sum(-1, keepdim=True)
-        conserved_out = ((k + EPS) * (spread(packing.sum(q / incoming)) + EPS)).sum(-1, keepdim=True).clamp(-1.0, 1.0)
-        n_cells = packing.lengths.float()[segment][:, None, None]
-        v = v * packing.softmax(conserved_out) * n_cells
-        return conserved_in.sigmoid() * self._weighted_sum(q / incoming, k, v, packing)
+        incoming = 1 / packing.dot(q + EPS, packing.sum(k) + EPS)  # (n_cells, n_heads)
+        outgoing = 1 / packing.dot(k + EPS, packing.sum(q) + EPS)
+        conserved_in = packing.dot(q + EPS, packing.weighted_sum(k, outgoing) + EPS)
+        conserved_out = packing.dot(k + EPS, packing.weighted_sum(q, incoming) + EPS).clamp(-1.0, 1.0)
+        competition = packing.softmax(conserved_out) * packing.lengths.float()[packing.segment][:, None]
+        # both factors of the result's rows at once: one pass over q instead of two over cells x width
+        q = q * (incoming * conserved_in.sigmoid())[..., None]
+        return self._products(q, k, v * competition[..., None], packing)
 
     @staticmethod
-    def _weighted_sum(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    def _products(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
         """q_i @ sum_j k_j^T v_j within each sample, (n_cells, n_heads, d_head)."""
         q, k, v = (packing.to_blocks(t).transpose(1, 2) for t in (q, k, v))  # (n_blocks, n_heads, size, d_head)
         products = k.transpose(-1, -2) @ v  # (n_blocks, n_heads, d_head, d_head)

@@ -33,6 +33,10 @@ class LatentSpace(nn.Module, ABC):
     def posterior(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of q(z|h): h (n_cells, n_hidden) -> two of (n_cells, n_latent)."""
 
+    def posterior_mean(self, h: Tensor) -> Tensor:
+        """Mean of q(z|h) alone, for where its variance is not asked for, (n_cells, n_latent)."""
+        return self.mean(h).float()
+
     @abstractmethod
     def divergence(self, z: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         """KL divergence from the prior of each cell, (..., n_cells), in nats."""

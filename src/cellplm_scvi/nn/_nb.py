@@ -13,6 +13,7 @@ At :math:`x = 0` this is :math:`\theta\log(1 + \mu/\theta)`: the gamma functions
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +22,8 @@ from torch.autograd.function import once_differentiable
 
 from ._sparse import SparseCounts
 
-#: entries of one chunk: its handful of float32 temporaries stay in a CPU's cache
-CHUNK_ENTRIES = 1 << 19
+#: entries of one chunk: on a CPU, its handful of float32 temporaries stay in the cache; a GPU wants long kernels
+CHUNK_ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ def softmax_nb_loss(
     output: GeneOutput,
     weight: Tensor,
     panel: Tensor | None = None,
+    entry_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum over cells of the negative log-likelihood of their counts.
 
@@ -98,6 +100,9 @@ def softmax_nb_loss(
         Weight of each cell in the sum, (n_cells,); it gets no gradient.
     panel
         Row of ``output.measured`` for each cell, (n_cells,).
+    entry_weight
+        Weight of each stored count within its cell, (n_nonzero,), such as 2 where the encoder did not see it; ``None``
+        and every count that is not stored: 1. It gets no gradient.
 
     Returns
     -------
@@ -115,10 +120,18 @@ def softmax_nb_loss(
             output.measured if panel is not None else None,
             panel,
             output.rest,
+            None if entry_weight is None else entry_weight.float(),
         )
 
 
 class _SoftmaxNB(torch.autograd.Function):
+    """Loss and gradient by chunks of rows.
+
+    With r = mu / theta and u = r / (1 + r), the likelihood of a zero is theta log(1 + r) and its slope in log mu theta u.
+    r comes out of the last layer with log theta taken off its bias, and theta goes back in with the small matrices, so
+    that the chunk itself is passed over as few times as can be.
+    """
+
     @staticmethod
     def forward(
         ctx,
@@ -132,63 +145,114 @@ class _SoftmaxNB(torch.autograd.Function):
         measured: Tensor | None,
         panel: Tensor | None,
         rest: bool,
+        entry_weight: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        n_cells, n_genes = h.shape[0], w.shape[0]
+        n_genes = w.shape[0]
         theta = log_theta.exp()
+        library = library.clamp_min(1e-8)
+        entries = _Entries.of(counts, theta, entry_weight)
+        loss = entries.of_gamma_functions(counts.n_cells)
         needs_grad = any(ctx.needs_input_grad[:4])
-        loss = _loss_of_gamma_functions(counts, theta)
-        grads = [torch.zeros_like(t) for t in (h, w, b, log_theta)] if needs_grad else []
-        chunk = max(1, CHUNK_ENTRIES // n_genes)
-        starts = range(0, n_cells, chunk)
-        # one transfer to the host for all chunks
-        bounds = counts.offsets[torch.tensor([*starts, n_cells], device=counts.offsets.device)].tolist()
-        for n, start in enumerate(starts):
-            rows = slice(start, min(start + chunk, n_cells))
-            entries = slice(bounds[n], bounds[n + 1])
-            x, genes, cells = counts.values[entries], counts.genes[entries], counts.rows[entries] - start
-            log_p = torch.addmm(b, h[rows], w.T)
+        grad_h, grad_w = torch.empty_like(h), torch.zeros_like(w)
+        grad_b, grad_theta = torch.zeros_like(b), torch.zeros_like(b)
+        w_theta, shifted = w * theta[:, None], b - log_theta
+        for rows, span in _chunks(counts, n_genes):
+            logits = torch.addmm(shifted, h[rows], w.T)
             if measured is not None and panel is not None:
-                log_p.masked_fill_(~measured[panel[rows]], -torch.inf)
-            log_p -= log_total(log_p, rest)
-            log_library = library[rows].clamp_min(1e-8).log()
-            log_mu = log_p[cells, genes] + log_library[cells]
-            p = log_p.exp_()
-            mu = p * library[rows, None]
-            log_ratio = torch.log1p(mu / theta)
+                logits.masked_fill_(~measured[panel[rows]], -torch.inf)
+            log_q = logits.log_softmax(1)
+            cells = counts.rows[span] - rows.start
+            at = cells * n_genes + counts.genes[span]
+            log_r = log_q.view(-1)[at]
+            q = log_q.exp_()
+            total = q @ theta
+            if rest:
+                total += torch.exp(-torch.logsumexp(logits, 1))
+            scale = library[rows] / total
+            log_r += scale.log()[cells]
+            r = q.mul_(scale[:, None])
+            log_ratio = torch.log1p(r)
             loss[rows] += log_ratio @ theta
-            loss[rows].index_add_(0, cells, x * (log_ratio[cells, genes] - log_mu + log_theta[genes]))
+            near = entries.near(span, log_r)
+            loss[rows].index_add_(0, cells, near.loss)
             if not needs_grad:
                 continue
-            # slope of the loss in log mu: mu (theta + x) / (theta + mu) - x
-            denominator = mu + theta
-            slope = mu / denominator
-            grad_theta = log_ratio.sub_(slope)
-            at = slope[cells, genes]
-            slope *= theta
-            slope.index_put_((cells, genes), x * (at - 1), accumulate=True)
-            grad_theta.index_put_(
-                (cells, genes),
-                torch.digamma(theta)[genes] - torch.digamma(x + theta[genes]) + x / denominator[cells, genes],
-                accumulate=True,
-            )
-            grad_logits = slope - p * slope.sum(1, keepdim=True)
-            grad_logits *= weight[rows, None]
-            grads[0][rows] = grad_logits @ w
-            grads[1].addmm_(grad_logits.T, h[rows])
-            grads[2] += grad_logits.sum(0)
-            grads[3] += (weight[rows] @ grad_theta) * theta
-        ctx.save_for_backward(*grads)
+            u = torch.div(r, r + 1, out=logits)
+            slope_sum = (u @ theta).index_add_(0, cells, near.slope)
+            grad_theta += weight[rows] @ log_ratio.sub_(u)
+            grad_theta.index_add_(0, counts.genes[span], near.grad_theta * weight[rows][cells])
+            # slope - p sum(slope), by theta: p is theta r over the library
+            u.addcmul_(r, (slope_sum / library[rows])[:, None], value=-1)
+            u.view(-1).scatter_add_(0, at, near.slope / entries.theta[span])
+            torch.mm(u, w_theta, out=grad_h[rows])
+            grad_w.addmm_(u.T, h[rows] * weight[rows, None])
+            grad_b += weight[rows] @ u
+        grads = [grad_h * weight[:, None], grad_w * theta[:, None], grad_b * theta, grad_theta * theta]
+        if needs_grad:
+            ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(loss)
         return weight @ loss, loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_sum: Tensor, _grad_loss: Tensor | None):
-        return (*(grad_sum * g for g in ctx.saved_tensors), None, None, None, None, None, None)
+        return (*(grad_sum * g for g in ctx.saved_tensors), *[None] * 7)
 
 
-def _loss_of_gamma_functions(counts: SparseCounts, theta: Tensor) -> Tensor:
-    """Sum over the non-zero counts of lgamma(theta) + lgamma(x + 1) - lgamma(x + theta), (n_cells,)."""
-    theta_at = theta[counts.genes]
-    terms = torch.lgamma(theta)[counts.genes] + torch.lgamma(counts.values + 1) - torch.lgamma(counts.values + theta_at)
-    return theta.new_zeros(counts.n_cells).index_add_(0, counts.rows, terms)
+def _chunks(counts: SparseCounts, n_genes: int) -> Iterator[tuple[slice, slice]]:
+    """Rows of each chunk, and their stored counts."""
+    n_cells = counts.n_cells
+    size = max(1, CHUNK_ENTRIES.get(counts.values.device.type, CHUNK_ENTRIES["cuda"]) // n_genes)
+    if n_cells <= size:  # without a transfer to the host, for which a GPU would have to wait
+        yield slice(0, n_cells), slice(0, counts.values.shape[0])
+        return
+    starts = [*range(0, n_cells, size), n_cells]
+    bounds = counts.offsets[torch.tensor(starts, device=counts.offsets.device)].tolist()
+    for start, stop, first, last in zip(starts, starts[1:], bounds, bounds[1:], strict=False):
+        yield slice(start, stop), slice(first, last)
+
+
+@dataclass(frozen=True)
+class _Near:
+    """What the stored counts of a chunk add to the terms of zeros, (n,) each."""
+
+    loss: Tensor
+    slope: Tensor
+    grad_theta: Tensor
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """The stored counts, their dispersions and weights, (n_nonzero,) each: the gamma functions are needed here alone."""
+
+    counts: SparseCounts
+    theta: Tensor
+    gammas: Tensor
+    digammas: Tensor
+    weight: Tensor | None
+
+    @classmethod
+    def of(cls, counts: SparseCounts, theta: Tensor, weight: Tensor | None) -> _Entries:
+        x, theta_at = counts.values, theta[counts.genes]
+        gammas = torch.lgamma(theta)[counts.genes] + torch.lgamma(x + 1) - torch.lgamma(x + theta_at)
+        digammas = torch.digamma(theta)[counts.genes] - torch.digamma(x + theta_at)
+        return cls(counts, theta_at, gammas, digammas, weight)
+
+    def of_gamma_functions(self, n_cells: int) -> Tensor:
+        """Sum over the stored counts of lgamma(theta) + lgamma(x + 1) - lgamma(x + theta), (n_cells,)."""
+        terms = self.gammas if self.weight is None else self.gammas * self.weight
+        return terms.new_zeros(n_cells).index_add_(0, self.counts.rows, terms)
+
+    def near(self, span: slice, log_r: Tensor) -> _Near:
+        """Terms of the stored counts ``span`` with log(mu / theta) ``log_r``, less those of zeros in their place."""
+        x, theta = self.counts.values[span], self.theta[span]
+        r = log_r.exp()
+        log_ratio, u = torch.log1p(r), r / (1 + r)
+        loss, slope = x * (log_ratio - log_r), x * (u - 1)
+        grad_theta = self.digammas[span] - slope / theta
+        if self.weight is not None:
+            weight, more = self.weight[span], self.weight[span] - 1
+            loss = weight * loss + more * theta * log_ratio
+            slope = weight * slope + more * theta * u
+            grad_theta = weight * grad_theta + more * (log_ratio - u)
+        return _Near(loss, slope, grad_theta)

@@ -49,8 +49,10 @@ class PublishedCodes(nn.Module):
         """(n_cells,) -> (n_cells, n_hidden)."""
         n = self.weight.shape[0]
         known = (codes >= 0) & (codes < n)
-        learned = self.contribution(self.weight[codes.clamp(0, n - 1)])
-        if bool(known.all()):
+        # a table of thousands of batches against a minibatch of a few: each one's contribution is computed once
+        used, row = codes.clamp(0, n - 1).unique(return_inverse=True)
+        learned = self.contribution(self.weight.index_select(0, used)).index_select(0, row)
+        if codes.device.type == "cpu" and bool(known.all()):  # a GPU would have to wait for the answer
             return learned
         return torch.where(known[:, None], learned, self.mean())
 

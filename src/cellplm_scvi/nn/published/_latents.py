@@ -90,20 +90,33 @@ class PublishedMixture(PublishedLatent):
         """Mean and variance of p(z|y), (..., n_components) -> two of (..., n_latent)."""
         return self.prior_mean(y), F.softplus(self.prior_raw_variance(y))
 
-    def posterior(self, h: Tensor) -> tuple[Tensor, Tensor]:
+    def _by_component(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q(y|h), and what the hidden layer of q(z|h, y) adds up from the cell and from each component."""
         share = self.logits(h).float().softmax(-1)
-        n_hidden = h.shape[1]
         weight = self.hidden.weight
-        from_cell = F.linear(h, weight[:, :n_hidden], self.hidden.bias)
-        mean = from_cell.new_zeros(h.shape[0], self.mean.out_features, dtype=torch.float32)
+        return share, F.linear(h, weight[:, : h.shape[1]], self.hidden.bias), weight[:, h.shape[1] :].T
+
+    def posterior(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        share, from_cell, from_component = self._by_component(h)
+        moments = torch.cat([self.mean.weight, self.raw_variance.weight])
+        bias = torch.cat([self.mean.bias, self.raw_variance.bias])
+        mean = torch.zeros(h.shape[0], self.mean.out_features, device=h.device)
         square = torch.zeros_like(mean)
         for k in range(self.n_components):
-            hidden = torch.relu(from_cell + weight[:, n_hidden + k])
-            mean_k = self.mean(hidden).float()
-            variance_k = F.softplus(self.raw_variance(hidden).float())
-            mean = mean + share[:, k, None] * mean_k
-            square = square + share[:, k, None] * (variance_k + mean_k.square())
+            given = F.linear(torch.relu(from_cell + from_component[k]), moments, bias).float()
+            mean_k, raw_variance_k = given.chunk(2, 1)
+            share_k = share[:, k, None]
+            mean = torch.addcmul(mean, share_k, mean_k)
+            square = torch.addcmul(square, share_k, F.softplus(raw_variance_k) + mean_k.square())
         return mean, (square - mean.square()).clamp_min(MIN_VARIANCE)
+
+    def posterior_mean(self, h: Tensor) -> Tensor:
+        # linear in the hidden states, so that they are averaged first: one product instead of one a component
+        share, from_cell, from_component = self._by_component(h)
+        hidden = torch.zeros_like(from_cell, dtype=torch.float32)
+        for k in range(self.n_components):
+            hidden = torch.addcmul(hidden, share[:, k, None], torch.relu(from_cell + from_component[k]).float())
+        return self.mean(hidden.to(h.dtype)).float()
 
     def component_log_joint(self, z: Tensor) -> Tensor:
         """Log p(y) + log p(z|y), (..., n_cells, n_components)."""
