@@ -14,9 +14,9 @@ Latent = Literal["mixture", "gaussian", "deterministic"]
 
 MIN_VARIANCE = 1e-4
 #: largest share of the prior's variance that lies between the components of the mixture
-MAX_BETWEEN = 0.03
+MAX_BETWEEN = 0.25
 #: bound of the log of a component's variance relative to the mean of all
-MAX_LOG_RATIO = 0.5
+MAX_LOG_RATIO = 1.5
 
 
 class LatentSpace(nn.Module, ABC):
@@ -88,8 +88,8 @@ class MixtureLatent(GaussianLatent):
     :math:`\log q(z|h) - \log p(z)`, which is estimated with the draw of z that the decoder sees. Both are live: means,
     variances and weights of the components get a gradient at every step.
 
-    In each dimension, the mixture as a whole has mean 0 and variance 1, a small part of it between the components, whose
-    variances are alike. A divergence costs nothing where components and cells move apart together, so that without these
+    In each dimension, the mixture as a whole has mean 0 and variance 1, at most a quarter of it between the components,
+    whose variances differ by a bounded factor. A divergence costs nothing where components and cells move apart together, so that without these
     bounds the embedding falls into as many tight lumps as there are components, whatever the cell types are.
     """
 
