@@ -2,8 +2,8 @@
 
 from importlib.metadata import version
 
-from . import data
+from . import data, genes
 from .model import CellPLM
 
 __version__ = version("cellplm-scvi")
-__all__ = ["CellPLM", "data"]
+__all__ = ["CellPLM", "data", "genes"]

@@ -19,7 +19,7 @@ SETUP = CellPLM.setup_anndata
 
 def spoilt(adata: AnnData, change: Callable[[np.ndarray], object]) -> AnnData:
     """The same cells with changed counts, dense."""
-    x = adata.X.toarray()
+    x = adata.to_df().to_numpy(copy=True)
     changed = change(x)
     adata.X = x if changed is None else changed
     return adata

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import anndata
 import numpy as np
 import pytest
@@ -17,8 +19,8 @@ from cellplm_scvi import CellPLM
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
 
 
-def embed(model: CellPLM, adata: AnnData | None = None, **kwargs: object) -> np.ndarray:
-    return model.get_latent_representation(adata, **kwargs)
+def embed(model: CellPLM, adata: AnnData | None = None, **kwargs: Any) -> np.ndarray:
+    return np.asarray(model.get_latent_representation(adata, **kwargs))
 
 
 @pytest.fixture(params=["dissociated", "dissociated-sliced", "spatial", "spatial-sliced"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mudata
 import numpy as np
 import pandas as pd
@@ -11,7 +13,7 @@ from anndata import AnnData
 
 from cellplm_scvi import CellPLM
 
-TINY = {"n_hidden": 16, "n_layers": 1, "n_heads": 2, "n_latent": 4, "n_components": 3}
+TINY: dict[str, Any] = {"n_hidden": 16, "n_layers": 1, "n_heads": 2, "n_latent": 4, "n_components": 3}
 
 
 @pytest.fixture

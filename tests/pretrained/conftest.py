@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
+import scipy.sparse as sp
 import torch
+from anndata import AnnData
 from torch import Tensor
 
 HERE = Path(__file__).parent
@@ -53,8 +58,9 @@ class Case:
         return sorted({key.split("/")[0] for key in self.arrays if key.endswith("/loss")})
 
 
-def shipped_case(name: str, folder: Path) -> Case:
-    """Write the files of a case that ships with the tests, as the published code writes them.
+@cache
+def stored_case(name: str) -> tuple[dict[str, np.ndarray], bytes]:
+    """Arrays of a case that ships with the tests, and its checkpoint as the published code writes it.
 
     To be small, it lacks the constant table of positions, and its weights are stored by byte of a float.
     """
@@ -64,9 +70,17 @@ def shipped_case(name: str, folder: Path) -> Case:
     values = torch.from_numpy(np.ascontiguousarray(arrays.pop("weight_bytes").T).view(np.float32).ravel())
     parts = values.split([math.prod(shape) for shape in shapes.values()])
     weights = {key: part.reshape(shape).clone() for (key, shape), part in zip(shapes.items(), parts, strict=True)}
-    torch.save({"model_state_dict": weights}, folder / f"{name}.best.ckpt")
+    content = io.BytesIO()
+    torch.save({"model_state_dict": weights}, content)
+    return arrays, content.getvalue()
+
+
+def shipped_case(name: str, folder: Path) -> Case:
+    """Write the files of a case that ships with the tests."""
+    arrays, checkpoint = stored_case(name)
+    (folder / f"{name}.best.ckpt").write_bytes(checkpoint)
     (folder / f"{name}.config.json").write_text((SHIPPED / f"{name}.config.json").read_text())
-    return Case(name, folder / name, arrays, {})
+    return Case(name, folder / name, dict(arrays), {})
 
 
 def shared_case(name: str) -> Case:
@@ -103,3 +117,13 @@ def mixture_case(tmp_path: Path) -> Case:
 def annotation_case(tmp_path: Path) -> Case:
     """Deterministic latent space and annotation head."""
     return shipped_case("d_ae_annotation", tmp_path)
+
+
+@pytest.fixture
+def published_data(mixture_case: Case) -> AnnData:
+    """The cells of the mixture case that have counts, named by the Ensembl ids of its vocabulary."""
+    arrays = {key.removeprefix("in/x_"): value for key, value in mixture_case.arrays.items() if key.startswith("in/x_")}
+    counts = sp.csr_matrix((arrays["data"], arrays["indices"], arrays["indptr"]), shape=arrays["shape"])
+    counts = counts[np.asarray(counts.sum(1)).ravel() > 0][:48]
+    cells, genes = ([f"cell{n}" for n in range(counts.shape[0])], mixture_case.entries["gene_list"])
+    return AnnData(counts, obs=pd.DataFrame(index=cells), var=pd.DataFrame(index=genes))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cellplm_scvi.nn import SparseCounts
+from cellplm_scvi.nn._attention import GlobalAttention
 from cellplm_scvi.nn.published import Draws, PublishedNetwork, ReferenceInput, ReferencePass, reference_pass
 from cellplm_scvi.pretrained import load_network, read_published
 from cellplm_scvi.pretrained._keys import key_table
@@ -71,7 +72,7 @@ def run(case: Any, name: str, network: PublishedNetwork, genes: list[str]) -> Re
     for layer in network.modules():
         if isinstance(layer, torch.nn.Dropout):
             layer.p = 0.0
-        if hasattr(layer, "dropout_rate"):
+        if isinstance(layer, GlobalAttention):
             layer.dropout_rate = 0.0
     return reference_pass(network.train(), inputs, draws, train=True)
 
@@ -128,15 +129,15 @@ def test_gradients(name: str, case_named: Callable[[str], Any]) -> None:
             grad = ours[key.ours].grad
             assert grad is not None
             found[key.name] = grad if key.part is None else grad.chunk(3)[key.part]
-    names = [str(key) for key in case.arrays["train/grad_names"]]
+    names = [str(name) for name in case.arrays["train/grad_names"]]
     assert set(names) <= set(found)
-    for key, norm in zip(names, case.arrays["train/grad_norms"], strict=True):
-        np.testing.assert_allclose(found[key].norm().item(), norm, rtol=10 * RELATIVE, atol=1e-6, err_msg=key)
-    for key, expected in case.arrays.items():
-        if key.startswith("train/grad/"):
-            grad = found[key.removeprefix("train/grad/")]
+    for weight, norm in zip(names, case.arrays["train/grad_norms"], strict=True):
+        np.testing.assert_allclose(found[weight].norm().item(), norm, rtol=10 * RELATIVE, atol=1e-6, err_msg=weight)
+    for weight, expected in case.arrays.items():
+        if weight.startswith("train/grad/"):
+            grad = found[weight.removeprefix("train/grad/")]
             scale = float(np.abs(expected).max())
-            close(grad, expected, key, absolute=10 * RELATIVE * max(scale, 1e-2))
+            close(grad, expected, weight, absolute=10 * RELATIVE * max(scale, 1e-2))
 
 
 @pytest.mark.data

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import h5py
+import lightning
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+import scvi
+import torch
 from anndata import AnnData
-from scvi import settings
 
 from cellplm_scvi._compat import CSCDataset, CSRDataset
 
 CHUNK_ROWS = 4096
 
 
+#: code between a user's line and a warning of ours, by where it lies
+NOT_USERS = (str(Path(__file__).parents[1]), *(p for module in (lightning, scvi, torch) for p in module.__path__))
+
+
 def warn(message: str) -> None:
     """Warn at the user's line."""
-    warnings.warn(message, UserWarning, stacklevel=settings.warnings_stacklevel + 1)
+    warnings.warn(message, UserWarning, skip_file_prefixes=NOT_USERS)
 
 
 def some(names: Sequence[object] | np.ndarray | pd.Index, most: int = 3) -> str:
@@ -28,13 +36,14 @@ def some(names: Sequence[object] | np.ndarray | pd.Index, most: int = 3) -> str:
     return shown + (", ..." if len(names) > most else "")
 
 
-def value_chunks(x: object) -> Iterator[tuple[int, np.ndarray]]:
+def value_chunks(x: Any) -> Iterator[tuple[int, np.ndarray]]:
     """Yield stored values of a matrix, dense or sparse, in memory or backed, with the first row of each chunk."""
     if sp.issparse(x):
         yield 0, x.data
     elif isinstance(x, CSRDataset | CSCDataset):
         for start in range(0, x.shape[0], CHUNK_ROWS):
-            yield start, x[start : start + CHUNK_ROWS].data
+            rows: Any = x[start : start + CHUNK_ROWS]
+            yield start, rows.data
     elif isinstance(x, np.ndarray | h5py.Dataset):
         for start in range(0, x.shape[0], CHUNK_ROWS):
             yield start, np.asarray(x[start : start + CHUNK_ROWS]).ravel()
@@ -111,13 +120,20 @@ def check_names(adata: AnnData) -> None:
         )
 
 
+def check_sizes(**sizes: int) -> None:
+    """Raise if a size is not a positive whole number."""
+    for name, size in sizes.items():
+        if int(size) != size or size < 1:
+            raise ValueError(f"{name}={size} must be a positive whole number.")
+
+
 def check_column(adata: AnnData, key: str, argument: str) -> pd.Series:
     """The column ``adata.obs[key]``; raise if it is absent."""
     if key not in adata.obs:
         raise KeyError(
             f'{argument}="{key}" is not a column of adata.obs, which has {some(list(adata.obs.columns), 12) or "none"}.'
         )
-    return adata.obs[key]
+    return pd.Series(adata.obs[key])
 
 
 def check_no_missing(column: pd.Series, key: str) -> None:

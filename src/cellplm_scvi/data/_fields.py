@@ -40,7 +40,7 @@ class CountsField(LayerField):
     def validate_field(self, adata: AnnData) -> None:
         check_names(adata)
         if self.attr_key is not None and self.attr_key not in adata.layers:
-            layers = [name for name in adata.layers if name is not None]
+            layers = [name for name in adata.layers.keys() if name is not None]
             raise ValueError(
                 f'layer="{self.attr_key}" is not a layer of the AnnData, which has {some(layers) or "none"}.'
             )
@@ -126,7 +126,7 @@ class CovariateField(CategoricalObsField):
         column = adata_target.obs[self._original_attr_key].astype("category")
         unseen = [category for category in column.cat.categories[np.unique(column.cat.codes)] if category not in known]
         if unseen and not state_registry.get(UNNAMED_KEY):
-            self.say_unseen(key, unseen, int(column.isin(unseen).sum()))
+            self.say_unseen(key, unseen, int(column.isin(unseen).to_numpy().sum()))
         mapping = np.concatenate([np.asarray(known, dtype=object), np.asarray(unseen, dtype=object)])
         adata_target.obs[self.attr_key] = pd.Index(mapping).get_indexer(column.astype(object)).astype(np.int64)
         return {**state_registry, self.CATEGORICAL_MAPPING_KEY: mapping}
@@ -168,8 +168,9 @@ class AnnotationField(CovariateField):
 
     def _codes(self, adata: AnnData, known: np.ndarray | None) -> np.ndarray:
         key = self._original_attr_key
-        column = adata.obs[key].astype(object) if key in adata.obs else pd.Series(self.default, index=adata.obs_names)
-        column = column.where(column.notna(), self.default)
+        given = adata.obs[key] if key in adata.obs else [self.default] * adata.n_obs
+        column = pd.Series(given, dtype=object)
+        column = column.where(column.notna().to_numpy(), self.default)
         mapping = list(known) if known is not None else []
         mapping += [category for category in sorted(pd.unique(column), key=str) if category not in mapping]
         if self.default not in mapping:
@@ -265,7 +266,7 @@ class MeasuredGenesField(BaseAnnDataField):
                 f'varm["{self.attr_key}"] is a {type(table).__name__}; a DataFrame is needed whose columns are the '
                 f'categories of obs["{self.dataset_key}"].'
             )
-        if table.dtypes.ne(bool).any():
+        if any(dtype != np.dtype(bool) for dtype in table.dtypes):
             raise TypeError(
                 f'varm["{self.attr_key}"] must hold True and False only; found {set(map(str, table.dtypes))}.'
             )
@@ -337,7 +338,9 @@ def make_fields(
         modalities = {**modalities, "measured_genes_key": modalities["rna_layer"]}
 
     def field(single: type, multi: type, argument: str, *args: Any, **kwargs: Any) -> BaseAnnDataField:
-        return multi(*args, mod_key=modalities.get(argument), **kwargs) if mu else single(*args, **kwargs)
+        if modalities is None:
+            return single(*args, **kwargs)
+        return multi(*args, mod_key=modalities.get(argument), **kwargs)
 
     def covariate(key: str, attr: str | None, argument: str) -> BaseAnnDataField:
         return field(CovariateField, MuDataCovariateField, argument, key, attr, argument)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
@@ -42,7 +42,7 @@ class CountRows:
 
     def __init__(
         self,
-        x: object,
+        x: Any,
         columns: np.ndarray,
         n_genes: int,
         measured: np.ndarray | None = None,
@@ -58,7 +58,9 @@ class CountRows:
         self._x = x
         self._backed = isinstance(x, CSRDataset | h5py.Dataset)
         self.n_genes = n_genes
-        self._measured, self._panel = (None, None) if measured is None or measured.all() else (measured, panel)
+        whole = measured is None or bool(measured.all())
+        self._measured: np.ndarray | None = None if whole else measured
+        self._panel: np.ndarray | None = None if whole else panel
         identity = columns.shape[0] == n_genes and bool((columns == np.arange(n_genes)).all())
         self._columns = None if identity else columns
 
@@ -209,7 +211,7 @@ def _panels(
         if present.all():
             return None, None
         return present[None], np.zeros(adata.n_obs, dtype=np.int64)
-    table = adata.varm[registry[c.MEASURED_GENES_KEY].attr_key]
+    table = pd.DataFrame(adata.varm[registry[c.MEASURED_GENES_KEY].attr_key])
     table = table.set_axis(table.columns.astype(str), axis=1)
     field_state = manager.get_state_registry(c.DATASET_KEY)
     names = _holder(manager, c.DATASET_KEY).obs[field_state.original_key].astype(str)

@@ -75,7 +75,7 @@ def match_genes(vocabulary: pd.Index, given: pd.Index, organism: str = "human") 
 
 @lru_cache(maxsize=8)
 def _match(vocabulary: tuple[str, ...], given: tuple[str, ...], organism: str) -> GeneMatch:
-    columns = pd.Index(vocabulary).get_indexer(list(given)).astype(np.int64)
+    columns = pd.Index(vocabulary).get_indexer(pd.Index(given)).astype(np.int64)
     kind = np.where(columns >= 0, 0, len(KINDS))
     rest = np.flatnonzero(columns < 0)
     if rest.size:

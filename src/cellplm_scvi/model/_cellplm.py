@@ -11,7 +11,7 @@ from scvi.model.base import BaseModelClass
 
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import AnnOrMuData, copy_if_view, setup_anndata_dsp
-from cellplm_scvi.data._checks import check_library, some, warn
+from cellplm_scvi.data._checks import check_library, check_sizes, some, warn
 from cellplm_scvi.data._fields import make_fields
 from cellplm_scvi.data._loader import SpatialInputs
 from cellplm_scvi.data._table import CellTable
@@ -117,6 +117,8 @@ class CellPLM(
         registry: dict | None = None,
     ):
         super().__init__(adata, registry)
+        if adata is not None:
+            self.adata_manager.validate()  # the AnnData may hold the codes of another set-up
         self._extension = Extension.from_dict(extension)
         if published is not None:
             self._build_published(published, max_context)
@@ -132,6 +134,7 @@ class CellPLM(
         n_latent = default_latent(n_cells) if n_latent is None else n_latent
         sizes = {"n_hidden": n_hidden, "n_layers": n_layers, "n_heads": n_heads, "n_latent": n_latent}
         sizes |= {"n_components": n_components, "n_decoder_layers": n_decoder_layers, "max_context": max_context}
+        sizes |= {"n_neighbours": n_neighbours} | ({"n_niche": n_niche} if n_niche else {})
         check_sizes(**sizes)
         categories = self._reference_sizes()
         target_sum, gene_shares, fold_changes = self._from_counts() if adata is not None else (1e4, None, None)
@@ -343,13 +346,6 @@ def check_words(**words: str) -> None:
     for name, word in words.items():
         if word not in allowed[name]:
             raise ValueError(f'{name}="{word}" is not one of {some(allowed[name], 4)}.')
-
-
-def check_sizes(**sizes: int) -> None:
-    """Raise if a size is not a positive whole number."""
-    for name, size in sizes.items():
-        if int(size) != size or size < 1:
-            raise ValueError(f"{name}={size} must be a positive whole number.")
 
 
 def smoothed_shares(totals: np.ndarray, pseudocount: float = 0.1) -> np.ndarray:

@@ -246,7 +246,7 @@ class ExpressionMixin(RNASeqMixin, VAEMixin):
         batch_size: int | None = None,
         **kwargs: Any,
     ) -> GCXS:
-        """Draw counts from p(x'|x), as in scvi-tools.
+        """Draw counts from the posterior predictive distribution, as in scvi-tools.
 
         Parameters
         ----------

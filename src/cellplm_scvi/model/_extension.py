@@ -95,6 +95,43 @@ class ExtensionMixin:
         return "reference" if self._extension.query else None
 
 
+def check_choices(*, new_categories: str, new_genes: str) -> None:
+    """Raise if an option is not one of its words."""
+    if new_categories not in ("mean", "add"):
+        raise ValueError(f'new_categories="{new_categories}" is not "mean" or "add".')
+    if new_genes not in ("ignore", "add"):
+        raise ValueError(f'new_genes="{new_genes}" is not "ignore" or "add".')
+
+
+def admit_covariates(registry: dict[str, Any], keys: Mapping[str, str | None], arguments: Mapping[str, str]) -> None:
+    """Let data have covariates that the model was set up without: all their categories are then unseen.
+
+    Parameters
+    ----------
+    registry
+        Of the model; changed in place.
+    keys
+        Column of each covariate in the data.
+    arguments
+        Argument of ``setup_anndata`` behind each covariate.
+    """
+    fields = registry["field_registries"]
+    for name, key in keys.items():
+        if key is None or registry["setup_args"].get(arguments[name]) is not None:
+            continue
+        state = fields[name]["state_registry"] if name in fields else {CovariateField.N_KNOWN_KEY: 0}
+        if state.get(UNNAMED_KEY):
+            continue
+        n_known = state[CovariateField.N_KNOWN_KEY]
+        names = np.asarray([f"(without {arguments[name]})"] * n_known, dtype=object)
+        fields[name] = {
+            "data_registry": {"attr_name": "obs", "attr_key": f"_scvi_{name}"},
+            "summary_stats": {f"n_{name}": n_known},
+            **fields.get(name, {}),
+            "state_registry": state | {CovariateField.CATEGORICAL_MAPPING_KEY: names, UNNAMED_KEY: True},
+        }
+
+
 def unknown_categories(model: CellPLM) -> dict[str, list[Any]]:
     """Categories of each covariate in the model's AnnData that have no code of their own."""
     fields = model.registry_["field_registries"]
@@ -159,7 +196,8 @@ def extend[Model: CellPLM](
     extended.module.eval()
     extended.is_trained_ = True
     extended.adata = model.adata
-    extended.pretrained_report_ = model.pretrained_report_
+    report = model.pretrained_report_ or {"notes": []}
+    extended.pretrained_report_ = report | {"notes": [*report["notes"], *_describe_added(categories, genes)]}
     return extended
 
 
@@ -221,7 +259,7 @@ def unseen_is_expected() -> Iterator[None]:
         yield
 
 
-def describe_added(categories: Mapping[str, list[Any]], genes: list[str]) -> list[str]:
+def _describe_added(categories: Mapping[str, list[Any]], genes: list[str]) -> list[str]:
     """Lines for the report of a pre-trained model."""
     lines = [
         f"{len(names):,} {name} categor{'y' if len(names) == 1 else 'ies'} added ({some(names)}), each with the mean "

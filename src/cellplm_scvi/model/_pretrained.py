@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import numpy as np
 import scvi
 import torch
 from anndata import AnnData
+from mudata import MuData
 
 from cellplm_scvi import _constants as c
-from cellplm_scvi._compat import SCVI_UUID_KEY, AnnOrMuData, parse_device_args
-from cellplm_scvi.data._checks import some
+from cellplm_scvi._compat import SCVI_UUID_KEY, AnnOrMuData, copy_if_view, parse_device_args
+from cellplm_scvi.data._checks import check_column, check_sizes, some, warn
 from cellplm_scvi.data._fields import CovariateField
 from cellplm_scvi.data._vocabulary import MATCH_KEY, ORGANISM_KEY, UNNAMED_KEY
+from cellplm_scvi.genes._tables import Organism
 from cellplm_scvi.module import PublishedModule
 from cellplm_scvi.nn.published import PublishedConfig
 from cellplm_scvi.pretrained import (
@@ -28,6 +30,7 @@ from cellplm_scvi.pretrained import (
     PretrainedFileError,
     PretrainedReport,
     PublishedCheckpoint,
+    model_card,
     read_own,
     read_published,
     resolve,
@@ -35,10 +38,11 @@ from cellplm_scvi.pretrained import (
 )
 from cellplm_scvi.pretrained._own import CONFIG_FILE, WEIGHTS_FILE, check_state
 
-from ._extension import describe_added, extend, unknown_categories, unknown_genes, unseen_is_expected
+from ._extension import admit_covariates, check_choices, extend, unknown_categories, unknown_genes, unseen_is_expected
 
 if TYPE_CHECKING:
-    from cellplm_scvi.genes._tables import Organism
+    from scvi.hub import HubModel
+
     from cellplm_scvi.module import CellPLMModule
 
     from ._cellplm import CellPLM
@@ -69,6 +73,7 @@ class PretrainedMixin:
         new_categories: Literal["mean", "add"] = "mean",
         new_genes: Literal["ignore", "add"] = "ignore",
         organism: Organism = "human",
+        overwrite_config: Mapping[str, Any] | None = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         accelerator: str = "auto",
@@ -104,6 +109,9 @@ class PretrainedMixin:
             embedding of zero and at its share of the counts; embeddings of cells are not changed by it before training.
         organism
             Whose genes the data name: ``"human"``, or ``"mouse"`` to use their human orthologues.
+        overwrite_config
+            Entries of a published ``PREFIX.config.json`` to replace, under their published names, such as
+            ``{"objective": "imputation"}``.
         revision, cache_dir
             Of the hub.
         accelerator, device
@@ -134,19 +142,19 @@ class PretrainedMixin:
         >>> model.train(freeze="encoder")
         """
         check_choices(new_categories=new_categories, new_genes=new_genes)
+        if organism not in get_args(Organism):
+            raise ValueError(f'organism="{organism}" is not one of {some(get_args(Organism))}.')
         adding = new_categories == "add" or new_genes == "add"
         if adding and adata is None:
             raise ValueError("Pass the AnnData whose categories or genes are to be added.")
+        files = {"overwrite_config": overwrite_config, "revision": revision, "cache_dir": cache_dir}
         with unseen_is_expected() if adding else nullcontext():
-            model = cls._attached(path_or_name, adata, setup, organism, revision, cache_dir, accelerator, device)
+            model = cls._attached(path_or_name, adata, setup, organism, accelerator, device, **files)
         if not adding:
             return model
         categories = unknown_categories(model) if new_categories == "add" else {}
         genes = unknown_genes(model) if new_genes == "add" else []
-        model = extend(model, categories, genes) if categories or genes else model
-        report = model.pretrained_report_ or {}
-        model.pretrained_report_ = report | {"notes": [*report["notes"], *describe_added(categories, genes)]}
-        return model
+        return extend(model, categories, genes) if categories or genes else model
 
     @classmethod
     def _attached(
@@ -155,38 +163,52 @@ class PretrainedMixin:
         adata: AnnOrMuData | None,
         setup: dict[str, Any],
         organism: Organism | None = None,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
         accelerator: str = "auto",
         device: int | str = "auto",
+        **files: Any,
     ) -> Self:
         """The model of the files, or a copy of a model, with an AnnData."""
-        method, arguments = cls._setup_of(adata, setup)
         if isinstance(source, PretrainedMixin):
-            registry, init, state, report = source._parts()
-            file = "the model"
+            registry, init, state, report, file = source._parts()
         else:
-            registry, init, state, report, file = cls._read(source, revision, cache_dir)
-        _set_up_as(registry, method, arguments, organism, inspect.signature(cls.setup_anndata).parameters)  # type: ignore[attr-defined]
+            registry, init, state, report, file = cls._read(source, **files)
+        method, arguments = cls._setup_of(adata, setup)
+        # what the network was built for stays registered, so that it can be built again; data may lack it
+        built_for = [*(KEY_ARGUMENTS[name] for name in c.COVARIATES), "spatial_key"]
+        arguments = {name: key for name, key in arguments.items() if key is not None or name not in built_for}
+        admit_covariates(registry, {name: arguments.get(KEY_ARGUMENTS[name]) for name in c.COVARIATES}, KEY_ARGUMENTS)
+        cls._set_up_as(registry, method, arguments)
+        if organism is not None:
+            registry["field_registries"][c.X_KEY]["state_registry"][ORGANISM_KEY] = organism
         model = cls._build(registry, init, state, file)
         model.pretrained_report_ = report
         _, _, where = parse_device_args(
             accelerator=accelerator, devices=device, return_device="torch", validate_single_device=True
         )
         model.to_device(where)  # type: ignore[attr-defined]
+        if arguments.get("spatial_key") is not None and not (model.module.spatial or model.module.absolute_position):
+            warn(f'spatial_key="{arguments["spatial_key"]}" has no effect: this model was trained without positions.')
         if adata is not None:
             model.adata = adata  # type: ignore[attr-defined]
         return model
 
     @classmethod
-    def _read(cls, path_or_name: str | Path, revision: str | None, cache_dir: str | Path | None) -> tuple[Any, ...]:
+    def _read(
+        cls,
+        path_or_name: str | Path,
+        overwrite_config: Mapping[str, Any] | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, torch.Tensor], dict[str, Any], str]:
         """Registry, arguments of the constructor, weights and report of a model's files, and the name of one of them."""
         files = resolve(path_or_name, revision=revision, cache_dir=cache_dir)
         if files.format == "published":
-            found = read_published(files.config, files.weights, source=files.source)
+            found = read_published(files.config, files.weights, overwrite=overwrite_config, source=files.source)
             registry = published_registry(found, cls.__name__)
             init: dict[str, Any] = {"published": found.config.to_dict()}
             state, report = found.state, found.report.to_dict()
+        elif overwrite_config:
+            raise ValueError(f'overwrite_config is for published files; "{files.source}" is of our own format.')
         else:
             own = read_own(files.config, files.weights)
             if own.model != cls.__name__:
@@ -197,7 +219,7 @@ class PretrainedMixin:
             report = _report_of(own, files.source)
         return registry, init, state, report, files.weights.name
 
-    def _parts(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, torch.Tensor], dict[str, Any]]:
+    def _parts(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, torch.Tensor], dict[str, Any], str]:
         """Registry, arguments of the constructor, weights and report, as if the model came from files."""
         if not self.is_trained_:  # type: ignore[attr-defined]
             raise ValueError("This model is not trained: there is nothing to go on from. Call train() first.")
@@ -208,7 +230,7 @@ class PretrainedMixin:
             used={name: name for name in self.module.state_dict()},
             config_used=init,
         )
-        return deepcopy(_portable(self.registry_)), init, self.module.state_dict(), report.to_dict()  # type: ignore[attr-defined]
+        return deepcopy(_portable(self.registry_)), init, self.module.state_dict(), report.to_dict(), "the model"  # type: ignore[attr-defined]
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write weights (safetensors) and everything else (JSON) to a folder that :meth:`from_pretrained` reads.
@@ -227,7 +249,7 @@ class PretrainedMixin:
         FileExistsError
             If a model is there.
         """
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         there = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if (folder / name).exists()]
         if there and not overwrite:
             raise FileExistsError(
@@ -245,6 +267,73 @@ class PretrainedMixin:
         )
         write_own(folder, checkpoint, version("cellplm-scvi"))
 
+    def save_for_hub(
+        self,
+        folder: str | Path,
+        *,
+        license_info: str,
+        description: str = "",
+        references: str = "",
+        save_anndata: bool = False,
+        overwrite: bool = False,
+    ) -> HubModel:
+        """Write a folder to upload to the Hugging Face hub, from where both formats can be loaded.
+
+        It holds what :meth:`save_pretrained` writes, for ``CellPLM.from_pretrained("owner/name")``, and what scvi-tools' hub
+        wants: the model as :meth:`save` writes it, its metadata, and a model card.
+
+        Parameters
+        ----------
+        folder
+            Where to write.
+        license_info
+            Identifier of the licence of the weights, such as ``"cc-by-4.0"``.
+        description, references
+            Text for the card: what the model was trained on, and what to cite.
+        save_anndata
+            Whether to write the AnnData too. Without it, data have to be passed to ``HubModel.load_model``.
+        overwrite
+            Whether to replace a model that is there.
+
+        Returns
+        -------
+        scvi-tools' handle of the folder, whose ``push_to_huggingface_hub("owner/name")`` uploads it.
+
+        Raises
+        ------
+        ImportError
+            Without the packages huggingface_hub and safetensors.
+        FileExistsError
+            If a model is there.
+        """
+        try:
+            import huggingface_hub  # noqa: F401
+        except ImportError:
+            raise ImportError('The hub needs the package huggingface_hub: pip install "cellplm-scvi[hub]".') from None
+        from scvi.hub import HubMetadata, HubModel
+
+        folder = Path(folder).expanduser()
+        self.save_pretrained(folder, overwrite=overwrite)
+        # the folder is there now, and that it may be used has just been checked
+        self.save(str(folder), overwrite=True, save_anndata=save_anndata)  # type: ignore[attr-defined]
+        metadata = HubMetadata.from_dir(
+            str(folder), anndata_version=version("anndata"), model_parent_module=type(self).__module__.split(".")[0]
+        )
+        registry = self.registry_  # type: ignore[attr-defined]
+        card = model_card(
+            type(self).__name__,
+            license_info=license_info,
+            description=description,
+            references=references,
+            summary=f"{self._model_summary_string}.",
+            arguments={name: v for name, v in self.init_params_["non_kwargs"].items() if v is not None},  # type: ignore[attr-defined]
+            setup={name: value for name, value in registry["setup_args"].items() if value is not None},
+            statistics=dict(self.summary_stats),  # type: ignore[attr-defined]
+        )
+        hub_model = HubModel(str(folder), metadata=metadata, model_card=card)
+        hub_model.save(overwrite=True)
+        return hub_model
+
     @property
     def pretrained_report(self) -> PretrainedReport | None:
         """What became of each entry of the files that the weights come from, and how the genes of the AnnData matched.
@@ -260,28 +349,69 @@ class PretrainedMixin:
         return replace(report, genes=manager.get_state_registry(c.X_KEY).get(MATCH_KEY))
 
     @classmethod
-    def _setup_of(cls, adata: AnnOrMuData | None, setup: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-        """Name and arguments of the set-up that the user asks for."""
+    def _setup_of(cls, adata: AnnOrMuData | None, setup: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+        """Name and arguments of the set-up that the user asks for; no name: the one that the model was saved with."""
         known = inspect.signature(cls.setup_anndata).parameters  # type: ignore[attr-defined]
         unknown = [name for name in setup if name not in known or name in ("adata", "kwargs")]
         if unknown:
             raise TypeError(f"from_pretrained got {some(unknown)}, which setup_anndata does not take.")
-        manager = None
-        if adata is not None and not setup and SCVI_UUID_KEY in adata.uns:
-            with suppress(ValueError):  # a copy of an AnnData that was set up is not set up itself
-                manager = cls._get_most_recent_anndata_manager(adata)  # type: ignore[attr-defined]
-        if manager is not None:
+        if adata is None:
+            return "setup_anndata" if setup else None, dict(setup)
+        if not isinstance(adata, AnnData | MuData):
+            raise TypeError(f"adata is of type {type(adata).__name__}; an AnnData of raw counts is needed.")
+        manager = cls._setup_adata_manager_store.get(adata.uns.get(SCVI_UUID_KEY))  # type: ignore[attr-defined]
+        if manager is not None and manager.adata is not adata:
+            copy_if_view(adata, copy_if_view=True)
+            del adata.uns[SCVI_UUID_KEY]  # a copy of what was set up, which gets an entry of its own
+        if manager is not None and not setup:
             registry = manager.registry
             return registry["setup_method_name"], dict(registry["setup_args"])
-        if adata is not None and not isinstance(adata, AnnData):
+        if not isinstance(adata, AnnData):
             raise ValueError("Call setup_mudata on the MuData first, so that it is known where its counts are.")
+        for argument, key in setup.items():  # data that come later may lack a column, but not these
+            if key is not None and argument in KEY_ARGUMENTS.values():
+                check_column(adata, key, argument)
         return "setup_anndata", dict(setup)
+
+    @classmethod
+    def _set_up_as(cls, registry: dict[str, Any], method: str | None, arguments: dict[str, Any]) -> None:
+        """Let a registry ask data for the set-up of the user; what the user leaves open stays as the model was saved."""
+        method = method or registry["setup_method_name"]
+        parameters = inspect.signature(getattr(cls, method)).parameters.items()
+        defaults = {name: p.default for name, p in parameters if p.default is not inspect.Parameter.empty}
+        saved = registry["setup_args"]
+        if method == registry["setup_method_name"] and (unknown := [name for name in saved if name not in defaults]):
+            raise PretrainedFileError(f"{CONFIG_FILE}: setup_args has unknown arguments ({some(unknown)}).")
+        registry["setup_method_name"] = method
+        registry["setup_args"] = {name: arguments.get(name, saved.get(name, defaults[name])) for name in defaults}
+        fields = registry["field_registries"]
+        for name, argument in KEY_ARGUMENTS.items():
+            if name in fields and arguments.get(argument) is not None:
+                fields[name]["state_registry"][CovariateField.ORIGINAL_ATTR_KEY] = arguments[argument]
+
+    def _validate_anndata(self, adata: AnnOrMuData | None = None, copy_if_view: bool = True) -> AnnOrMuData:
+        if self.adata_manager is not None:  # type: ignore[attr-defined]
+            return super()._validate_anndata(adata, copy_if_view)  # type: ignore[misc]
+        if adata is None:
+            raise ValueError(
+                "This model was loaded without an AnnData. Pass one to the method, or set it with `model.adata = adata`."
+            )
+        if isinstance(adata, MuData) != (self.registry_["setup_method_name"] == "setup_mudata"):  # type: ignore[attr-defined]
+            self._set_up_as(self.registry_, *self._setup_of(adata, {}))  # type: ignore[attr-defined]
+        # scvi-tools sets up the first AnnData of such a model by the class's method. For other models it stays as it was.
+        set_up = self._setup_adata_manager_store  # type: ignore[attr-defined]
+        before = set_up.get(adata.uns.get(SCVI_UUID_KEY))
+        adata = super()._validate_anndata(adata, copy_if_view)  # type: ignore[misc]
+        set_up[adata.uns[SCVI_UUID_KEY]] = before
+        if before is None:
+            del set_up[adata.uns[SCVI_UUID_KEY]]
+        return adata
 
     @classmethod
     def _build(cls, registry: dict[str, Any], init: dict[str, Any], state: dict[str, torch.Tensor], file: str) -> Self:
         """A model with these weights; sizes are compared before memory is taken for them."""
-        deep = [name for name in DEPTHS if isinstance(init.get(name), int) and init[name] > len(state)]
-        deep += [name for name in DEPTHS if (init.get("published") or {}).get(name, 0) > len(state)]
+        parts = [part for part in (init, init.get("published")) if isinstance(part, dict)]
+        deep = [n for part in parts for n in DEPTHS if isinstance(part.get(n), int | float) and part[n] > len(state)]
         if deep:
             raise PretrainedFileError(f"{deep[0]} is larger than the number of weights in {file}.")
         try:
@@ -307,6 +437,7 @@ class PretrainedMixin:
                 f"The published configuration has {config.n_genes:,} genes and the data {n_genes:,}: load published weights "
                 "with from_pretrained, which matches genes."
             )
+        check_sizes(max_context=max_context)
         self._n_niche = 0
         self.module = PublishedModule(config, max_context=max_context)
         codes = ", ".join(f"{n:,} {name} categories" for name, n in config.covariates.items())
@@ -322,6 +453,7 @@ def published_registry(found: PublishedCheckpoint, model_name: str) -> dict[str,
     """What scvi-tools would have registered of the data that a published model was trained on."""
     config = found.config
     sizes = {c.BATCH_KEY: config.n_batches, c.PLATFORM_KEY: config.n_platforms, c.DATASET_KEY: config.n_datasets}
+    unnamed = set(sizes)
     sizes |= {c.SAMPLE_KEY: 0}
     fields: dict[str, Any] = {
         c.X_KEY: {
@@ -342,7 +474,7 @@ def published_registry(found: PublishedCheckpoint, model_name: str) -> dict[str,
                 CovariateField.CATEGORICAL_MAPPING_KEY: names,
                 CovariateField.ORIGINAL_ATTR_KEY: f"_scvi_{name}",
                 CovariateField.N_KNOWN_KEY: size,
-                UNNAMED_KEY: True,
+                UNNAMED_KEY: name in unnamed,
             },
             "summary_stats": {f"n_{name}": size},
         }
@@ -353,68 +485,6 @@ def published_registry(found: PublishedCheckpoint, model_name: str) -> dict[str,
         "setup_args": {},
         "field_registries": fields,
     }
-
-
-def _set_up_as(
-    registry: dict[str, Any],
-    method: str,
-    arguments: dict[str, Any],
-    organism: str | None,
-    parameters: Mapping[str, inspect.Parameter],
-) -> None:
-    """Let the registry ask for the set-up of the user, and match genes by what their names mean, given an organism."""
-    # what the network was built for stays registered, so that it can be built again; data may lack it
-    built_for = [*(KEY_ARGUMENTS[name] for name in c.COVARIATES), "spatial_key"]
-    arguments = {
-        name: value
-        for name, value in arguments.items()
-        if value is not None or name not in built_for or registry["setup_args"].get(name) is None
-    }
-    _admit_covariates(registry, arguments)
-    if arguments and method != registry["setup_method_name"]:
-        registry["setup_args"] = {}
-    registry["setup_method_name"] = method if arguments else registry["setup_method_name"]
-    registry["setup_args"] |= arguments
-    if registry["setup_method_name"] == "setup_anndata":
-        defaults = {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
-        unknown = [name for name in registry["setup_args"] if name not in defaults]
-        if unknown:
-            raise PretrainedFileError(f"The set-up of the file has unknown arguments ({some(unknown)}).")
-        registry["setup_args"] = defaults | registry["setup_args"]
-    fields = registry["field_registries"]
-    if organism is not None:
-        fields[c.X_KEY]["state_registry"][ORGANISM_KEY] = organism
-    for name, argument in KEY_ARGUMENTS.items():
-        if name in fields and arguments.get(argument) is not None:
-            fields[name]["state_registry"][CovariateField.ORIGINAL_ATTR_KEY] = arguments[argument]
-
-
-def _admit_covariates(registry: dict[str, Any], arguments: Mapping[str, Any]) -> None:
-    """Let the data have covariates that the model was set up without: all their categories are then unseen."""
-    fields = registry["field_registries"]
-    for name in c.COVARIATES:
-        if arguments.get(KEY_ARGUMENTS[name]) is None or registry["setup_args"].get(KEY_ARGUMENTS[name]) is not None:
-            continue
-        state = fields[name]["state_registry"] if name in fields else {CovariateField.N_KNOWN_KEY: 0}
-        if state.get(UNNAMED_KEY):
-            continue
-        n_known = state[CovariateField.N_KNOWN_KEY]
-        names = np.asarray([f"(without {KEY_ARGUMENTS[name]})"] * n_known, dtype=object)
-        state = state | {CovariateField.CATEGORICAL_MAPPING_KEY: names, CovariateField.N_KNOWN_KEY: n_known}
-        fields[name] = {
-            "data_registry": {"attr_name": "obs", "attr_key": f"_scvi_{name}"},
-            "summary_stats": {f"n_{name}": n_known},
-            **fields.get(name, {}),
-            "state_registry": state | {UNNAMED_KEY: True},
-        }
-
-
-def check_choices(*, new_categories: str, new_genes: str) -> None:
-    """Raise if an option is not one of its words."""
-    if new_categories not in ("mean", "add"):
-        raise ValueError(f'new_categories="{new_categories}" is not "mean" or "add".')
-    if new_genes not in ("ignore", "add"):
-        raise ValueError(f'new_genes="{new_genes}" is not "ignore" or "add".')
 
 
 def _portable(registry: Mapping[str, Any]) -> dict[str, Any]:

@@ -206,13 +206,14 @@ class SoftmaxAttention(GlobalAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
         if packing.n_samples == 1:
-            mixed = F.scaled_dot_product_attention(*(t.transpose(0, 1)[None] for t in (q, k, v)))
+            q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+            mixed = F.scaled_dot_product_attention(q, k, v)
             return mixed[0].transpose(0, 1)
         index, real = packing.padded()
-        padded = (
+        q, k, v = (
             t.index_select(0, index.flatten()).view(*index.shape, *t.shape[1:]).transpose(1, 2) for t in (q, k, v)
         )
-        mixed = F.scaled_dot_product_attention(*padded, attn_mask=real[:, None, None, :])
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=real[:, None, None, :])
         return mixed.transpose(1, 2).flatten(0, 1).index_select(0, real.flatten().nonzero()[:, 0])
 
 

@@ -91,12 +91,12 @@ class BatchAwareDecoder(nn.Module):
         """
         u, s, v = torch.linalg.svd(fold_changes, full_matrices=False)
         rank = min(s.shape[0], self.weight.shape[1] // 4)
-        table = self.output_codes[covariate]
-        table.weight.zero_()
+        codes = self.output_codes[covariate].get_parameter("weight")
+        codes.zero_()
         # The scale of the existing output weights is kept, the rest goes to the codes.
         scale = self.weight.square().mean().sqrt() * v.shape[1] ** 0.5
         self.weight[:, :rank] = v[:rank].T * scale
-        table.weight[:, :rank] = u[:, :rank] * s[:rank] / scale
+        codes[:, :rank] = u[:, :rank] * s[:rank] / scale
 
     def add_categories(self, covariate: str, n_known: int, n_added: int) -> None:
         """Give a covariate of ``n_known`` categories ``n_added`` more."""

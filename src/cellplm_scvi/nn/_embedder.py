@@ -24,6 +24,8 @@ class GeneEmbedder(nn.Module):
         Dropout after the projection.
     """
 
+    target_sum: Tensor
+
     def __init__(self, n_genes: int, n_hidden: int, target_sum: float | None, dropout_rate: float = 0.0):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(n_genes, n_hidden) / n_hidden**0.5)

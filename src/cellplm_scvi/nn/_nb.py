@@ -147,7 +147,7 @@ class _SoftmaxNB(torch.autograd.Function):
             entries = slice(bounds[n], bounds[n + 1])
             x, genes, cells = counts.values[entries], counts.genes[entries], counts.rows[entries] - start
             log_p = torch.addmm(b, h[rows], w.T)
-            if measured is not None:
+            if measured is not None and panel is not None:
                 log_p.masked_fill_(~measured[panel[rows]], -torch.inf)
             log_p -= log_total(log_p, rest)
             log_library = library[rows].clamp_min(1e-8).log()

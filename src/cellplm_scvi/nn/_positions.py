@@ -57,6 +57,7 @@ class SinusoidalCode(PositionCode):
     """
 
     n_bins = 100
+    table: Tensor
 
     def __init__(self, n_hidden: int, n_dims: int):
         super().__init__(n_hidden)
@@ -85,6 +86,8 @@ class FourierCode(PositionCode):
     bandwidth
         Standard deviation of the frequencies, in cycles over the width of a sample.
     """
+
+    frequencies: Tensor
 
     def __init__(self, n_hidden: int, n_dims: int, n_frequencies: int = 64, bandwidth: float = 4.0):
         super().__init__(n_hidden)

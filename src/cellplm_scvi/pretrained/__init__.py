@@ -3,6 +3,7 @@
 from ._checkpoint import read_checkpoint
 from ._config import read_config
 from ._errors import PretrainedFileError
+from ._hub import model_card
 from ._own import OwnCheckpoint, read_own, write_own
 from ._published import PublishedCheckpoint, load_network, read_published
 from ._report import PretrainedReport
@@ -15,6 +16,7 @@ __all__ = [
     "PretrainedReport",
     "PublishedCheckpoint",
     "load_network",
+    "model_card",
     "read_checkpoint",
     "read_config",
     "read_own",

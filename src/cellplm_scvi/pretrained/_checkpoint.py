@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import pickletools
 import re
 import zipfile
 from collections.abc import Mapping
@@ -18,10 +18,16 @@ from ._errors import PretrainedFileError, listed, quoted
 WEIGHTS_KEY = "model_state_dict"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_ENTRIES = 100_000
+#: names and shapes; the values of tensors lie beside it
+MAX_PICKLE_BYTES = 64 * 2**20
 #: what ``DistributedDataParallel`` puts before each key
 PARALLEL_PREFIX = "module."
 
-_FORBIDDEN = re.compile(r"(?:GLOBAL|global)s?:? ([\w.]+)")
+#: what the pickle of plain tensors by name calls
+ALLOWED_CALLS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"}
+_STORAGE = re.compile(r"torch \w+Storage")
+#: instructions of a pickle that import; torch.save writes the first of them only
+IMPORTS = ("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4")
 
 
 @dataclass(frozen=True)
@@ -43,14 +49,8 @@ def read_checkpoint(path: Path) -> ReadCheckpoint:
     """
     check_archive(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = _FORBIDDEN.search(str(error))
-        raise PretrainedFileError(
-            f"{path.name} is refused: reading it would run code from the file"
-            f"{f' ({found[1]})' if found else ''}. Only tensors are read. If you trust its origin, open it with torch "
-            f'yourself and save {{"{WEIGHTS_KEY}": state_dict}} anew.'
-        ) from None
+        # mapped, so that no storage can claim to be larger than the file
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # noqa: BLE001 - a damaged file may lead to any error of its parser
         raise PretrainedFileError(f"{path.name} is corrupt: {str(error)[:200] or type(error).__name__}") from None
     if not isinstance(content, Mapping) or WEIGHTS_KEY not in content:
@@ -85,12 +85,32 @@ def check_archive(path: Path) -> None:
             if sum(part.file_size for part in parts) > size:
                 raise PretrainedFileError(f"{path.name} claims to hold more than its {size:,} bytes: it is corrupt.")
             damaged = archive.testzip()
+            pickles = [part for part in parts if part.filename.lower().endswith(".pkl")]
+            if any(part.file_size > MAX_PICKLE_BYTES for part in pickles):
+                raise PretrainedFileError(f"{path.name} holds a pickle of an implausible size.")
+            called = [name for part in pickles for name in _calls(archive.read(part))]
     except PretrainedFileError:
         raise
     except Exception as error:  # noqa: BLE001 - as above
         raise PretrainedFileError(f"{path.name} is corrupt: {str(error)[:200] or type(error).__name__}") from None
     if damaged is not None:
         raise PretrainedFileError(f'{path.name} is corrupt: its part "{damaged[:60]}" fails its checksum.')
+    refused = [name for name in called if name not in ALLOWED_CALLS and not _STORAGE.fullmatch(name)]
+    if refused:
+        raise PretrainedFileError(
+            f"{path.name} is refused: to read it, {quoted(refused[0].replace(' ', '.'))} would have to be run, and only plain "
+            "dense tensors are read. If you trust its origin, open it with torch yourself and save "
+            f'{{"{WEIGHTS_KEY}": state_dict}} anew.'
+        )
+
+
+def _calls(pickled: bytes) -> list[str]:
+    """Names that a pickle imports, found without running it."""
+    return [
+        str(argument) if opcode.name == "GLOBAL" else opcode.name
+        for opcode, argument, _ in pickletools.genops(pickled)
+        if opcode.name in IMPORTS
+    ]
 
 
 def _check_tensor(key: Any, tensor: Any, file: str) -> None:

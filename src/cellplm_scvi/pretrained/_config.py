@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from ._errors import PretrainedFileError, listed, quoted
 MAX_JSON_BYTES = 64 * 2**20
 MAX_LAYERS = 1000
 MAX_SIZE = 2**31
+MAX_NAME = 100
 
 
 @dataclass(frozen=True)
@@ -112,12 +114,13 @@ class Entries:
     def genes(self, name: str) -> list[str]:
         """The vocabulary."""
         genes = self._take(name, ..., lambda v: isinstance(v, list) and len(v) > 0, "a list of gene names")
-        odd = [n for n, gene in enumerate(genes) if not isinstance(gene, str) or not gene.strip() or len(gene) > 100]
-        if odd:
-            raise PretrainedFileError(f"{self._file}: {name} holds {quoted(genes[odd[0]])} in place {odd[0]:,}.")
-        if len(set(genes)) < len(genes):
-            seen: set[str] = set()
-            twice = [gene for gene in genes if gene in seen or seen.add(gene)]  # type: ignore[func-returns-value]
+        for n, gene in enumerate(genes):
+            if not isinstance(gene, str) or not gene.strip() or len(gene) > MAX_NAME or not gene.isprintable():
+                raise PretrainedFileError(
+                    f"{self._file}: {name} holds {quoted(gene)} in place {n:,}; a name is needed."
+                )
+        twice = [gene for gene, n in Counter(genes).items() if n > 1]
+        if twice:
             raise PretrainedFileError(f"{self._file}: {name} has {listed(twice)} more than once.")
         return genes
 

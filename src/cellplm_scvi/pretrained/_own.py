@@ -6,11 +6,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from cellplm_scvi import _constants as c
 
 from ._checkpoint import DTYPES
 from ._config import read_json
@@ -66,11 +69,15 @@ def write_own(folder: Path, checkpoint: OwnCheckpoint, package_version: str) -> 
         "registry": checkpoint.registry,
         "origin": checkpoint.origin,
     }
-    text = json.dumps(content, default=_plain, allow_nan=False, indent=1)
+    text = json.dumps(content, default=plain, allow_nan=False, indent=1)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in checkpoint.state.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / CONFIG_FILE).write_text(text + "\n")
+    # under other names first: what was there stays whole if the disk is full
+    with TemporaryDirectory(dir=folder, prefix=".saving-") as new:
+        save_file(tensors, Path(new, WEIGHTS_FILE), metadata={"format": "pt"})
+        Path(new, CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
+            Path(new, name).replace(folder / name)
 
 
 def read_own(config_path: Path, weights_path: Path) -> OwnCheckpoint:
@@ -150,7 +157,7 @@ def _safetensors(name: str) -> Any:
     return getattr(safetensors.torch, name)
 
 
-def _plain(value: object) -> Any:
+def plain(value: object) -> Any:
     """NumPy values as JSON has them."""
     if isinstance(value, np.ndarray):
         return value.tolist()
@@ -164,29 +171,47 @@ def _checked_registry(registry: dict[str, Any], file: str) -> dict[str, Any]:
 
     def needed(holder: object, name: str, kind: type, where: str) -> Any:
         value = holder.get(name) if isinstance(holder, dict) else None
-        if not isinstance(value, kind):
+        if type(value) is not kind:
             raise PretrainedFileError(f"{file}: {name} of {where} is {quoted(value)}; a {kind.__name__} is needed.")
         return value
 
-    needed(registry, "setup_args", dict, "registry")
+    for argument, value in needed(registry, "setup_args", dict, "registry").items():
+        if not isinstance(value, str | dict | None):
+            raise PretrainedFileError(f"{file}: {quoted(argument)} of setup_args is {quoted(value)}; a key is needed.")
+    needed(registry, "scvi_version", str, "registry")
     method = needed(registry, "setup_method_name", str, "registry")
     if method not in ("setup_anndata", "setup_mudata"):
         raise PretrainedFileError(f"{file}: setup_method_name is {quoted(method)}.")
     fields = needed(registry, "field_registries", dict, "registry")
-    for name in ("X", "batch", "sample"):
+    for name in (c.X_KEY, c.BATCH_KEY, c.SAMPLE_KEY):
         needed(fields, name, dict, "field_registries")
     for name, field in fields.items():
-        state = needed(field, "state_registry", dict, quoted(name))
-        needed(field, "summary_stats", dict, quoted(name))
-        for key in ("column_names", "categorical_mapping"):
-            if key in state:
-                values = needed(state, key, list, quoted(name))
-                if any(not isinstance(v, str | int | float) for v in values):
-                    raise PretrainedFileError(f"{file}: {key} of {quoted(name)} holds something other than names.")
-                state[key] = np.asarray(values, dtype=object)
-        if "n_known" in state:
-            n = needed(state, "n_known", int, quoted(name))
-            if not 0 <= n <= len(needed(state, "categorical_mapping", np.ndarray, quoted(name))):
-                raise PretrainedFileError(f"{file}: n_known of {quoted(name)} is {n:,}.")
-    needed(fields["X"]["state_registry"], "column_names", np.ndarray, '"X"')
+        where = quoted(name)
+        needed(field, "data_registry", dict, where)
+        state = needed(field, "state_registry", dict, where)
+        for statistic in needed(field, "summary_stats", dict, where):
+            needed(field["summary_stats"], statistic, int, f"summary_stats of {where}")
+        if name == c.X_KEY:
+            genes = needed(state, "column_names", list, where)
+            state["column_names"] = _distinct(genes, str, f"{file}: column_names of {where}")
+        elif name in (c.SAMPLE_KEY, c.LABELS_KEY, c.PERTURBATION_KEY, *c.COVARIATES):
+            needed(state, "original_key", str, where)
+            names = needed(state, "categorical_mapping", list, where)
+            state["categorical_mapping"] = _distinct(
+                names, (str, int, float), f"{file}: categorical_mapping of {where}"
+            )
+            if not 0 <= needed(state, "n_known", int, where) <= len(state["categorical_mapping"]):
+                raise PretrainedFileError(f"{file}: n_known of {where} is {state['n_known']:,}.")
+        elif name == c.COORDINATES_KEY and needed(state, "n_dims", int, where) not in (2, 3):
+            raise PretrainedFileError(f"{file}: n_dims of {where} is {state['n_dims']:,}; 2 or 3 is needed.")
     return registry
+
+
+def _distinct(names: list[Any], kinds: type | tuple[type, ...], where: str) -> np.ndarray:
+    """Names of genes or of the categories of a column of ``obs``."""
+    odd = [name for name in names if not isinstance(name, kinds)]
+    if odd:
+        raise PretrainedFileError(f"{where} holds a value {quoted(odd[0])}, which is no name.")
+    if len(set(names)) < len(names):
+        raise PretrainedFileError(f"{where} has a name more than once.")
+    return np.asarray(names, dtype=object)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,10 +55,10 @@ def resolve(
     FileNotFoundError
         If it is neither; the message says what was looked for.
     """
-    found = _local(Path(path_or_name).expanduser(), str(path_or_name))
+    name = str(path_or_name)
+    found = _local(Path(path_or_name).expanduser(), name) if name else None
     if found is not None:
         return found
-    name = str(path_or_name)
     match = None if isinstance(path_or_name, Path) else _HUB_NAME.fullmatch(name)
     if match is None:
         raise FileNotFoundError(
@@ -77,11 +78,14 @@ def resolve(
 
 def _local(path: Path, source: str) -> PretrainedFiles | None:
     """The files at a path, or ``None`` if there is nothing there."""
+    # of os.path, since the methods of Path raise on names that cannot be, such as too long ones
     for suffix in (CONFIG_SUFFIX, CHECKPOINT_SUFFIX):
-        if path.name.endswith(suffix) and path.is_file():
+        if path.name.endswith(suffix) and isfile(path):
             return _local(path.with_name(path.name.removesuffix(suffix)), source)
-    if path.is_dir():
-        if (path / CONFIG_FILE).is_file():
+    if path.name in (CONFIG_FILE, WEIGHTS_FILE) and isfile(path):
+        return _pair("cellplm-scvi", path.with_name(CONFIG_FILE), path.with_name(WEIGHTS_FILE), source)
+    if isdir(path):
+        if isfile(path / CONFIG_FILE) or isfile(path / WEIGHTS_FILE):
             return _pair("cellplm-scvi", path / CONFIG_FILE, path / WEIGHTS_FILE, source)
         prefixes = sorted(p.name.removesuffix(CONFIG_SUFFIX) for p in path.glob(f"*{CONFIG_SUFFIX}"))
         if len(prefixes) > 1:
@@ -91,15 +95,17 @@ def _local(path: Path, source: str) -> PretrainedFiles | None:
             )
         if prefixes:
             return _local(path / prefixes[0], source)
+    if not path.name:
+        return None
     config, weights = (path.with_name(path.name + suffix) for suffix in (CONFIG_SUFFIX, CHECKPOINT_SUFFIX))
-    if path.name and (config.is_file() or weights.is_file()):
+    if isfile(config) or isfile(weights):
         return _pair("published", config, weights, source)
     return None
 
 
 def _pair(kind: Literal["published", "cellplm-scvi"], config: Path, weights: Path, source: str) -> PretrainedFiles:
     for here, absent in ((config, weights), (weights, config)):
-        if not absent.is_file():
+        if not isfile(absent):
             raise FileNotFoundError(f'"{source}" has {here.name}, but not {absent.name}, which belongs to it.')
     return PretrainedFiles(kind, config, weights, source)
 
