@@ -237,9 +237,9 @@ def _start_biases(model: CellPLM, genes: list[str]) -> list[torch.Tensor]:
     relative = torch.as_tensor(np.log(totals[genes].to_numpy() / known), dtype=torch.float32)
     rows = np.random.default_rng(0).permutation(model.adata.n_obs)[:N_CALIBRATION_CELLS]
     levels: list[list[torch.Tensor]] = [[] for _ in model.module.decoders]
-    for tensors in model._make_data_loader(model.adata, rows):
+    for tensors in model._make_data_loader(model.adata, rows):  # type: ignore[arg-type]
         tensors = {name: tensor.to(model.module.device) for name, tensor in tensors.items()}
-        inputs = model.module._get_generative_input(tensors, model.module.inference(tensors))
+        inputs = model.module._get_generative_input(tensors, model.module.inference(tensors))  # type: ignore[arg-type]
         for level, decoder in zip(levels, model.module.decoders, strict=True):
             output = decoder.output(inputs["measured"])
             logits = torch.nn.functional.linear(decoder(inputs["z"], inputs["covariates"]), output.weight, output.bias)

@@ -152,9 +152,9 @@ class PretrainedMixin:
             model = cls._attached(path_or_name, adata, setup, organism, accelerator, device, **files)
         if not adding:
             return model
-        categories = unknown_categories(model) if new_categories == "add" else {}
-        genes = unknown_genes(model) if new_genes == "add" else []
-        return extend(model, categories, genes) if categories or genes else model
+        categories = unknown_categories(model) if new_categories == "add" else {}  # type: ignore[arg-type]
+        genes = unknown_genes(model) if new_genes == "add" else []  # type: ignore[arg-type]
+        return extend(model, categories, genes) if categories or genes else model  # type: ignore[type-var]
 
     @classmethod
     def _attached(
