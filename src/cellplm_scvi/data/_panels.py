@@ -129,7 +129,7 @@ def _named(
 def _counts(adata: AnnData, layer: str | None) -> sp.csr_matrix:
     if layer is not None and layer not in adata.layers:
         raise KeyError(
-            f'layer="{layer}" is not among its layers ({some([str(name) for name in adata.layers if name]) or "none"}).'
+            f'layer="{layer}" is not among its layers ({some([str(name) for name in list(adata.layers) if name]) or "none"}).'
         )
     x = adata.X if layer is None else adata.layers[layer]
     if x is None:

@@ -159,7 +159,8 @@ def extend[Model: CellPLM](
     extended.module.eval()
     extended.is_trained_ = True
     extended.adata = model.adata
-    extended.pretrained_report_ = model.pretrained_report_
+    report = model.pretrained_report_ or {"notes": []}
+    extended.pretrained_report_ = report | {"notes": [*report["notes"], *_describe_added(categories, genes)]}
     return extended
 
 
@@ -199,9 +200,9 @@ def _start_biases(model: CellPLM, genes: list[str]) -> list[torch.Tensor]:
     relative = torch.as_tensor(np.log(totals[genes].to_numpy() / known), dtype=torch.float32)
     rows = np.random.default_rng(0).permutation(model.adata.n_obs)[:N_CALIBRATION_CELLS]
     levels: list[list[torch.Tensor]] = [[] for _ in model.module.decoders]
-    for tensors in model._make_data_loader(model.adata, rows):
+    for tensors in model._make_data_loader(model.adata, rows):  # type: ignore[arg-type]
         tensors = {name: tensor.to(model.module.device) for name, tensor in tensors.items()}
-        inputs = model.module._get_generative_input(tensors, model.module.inference(tensors))
+        inputs = model.module._get_generative_input(tensors, model.module.inference(tensors))  # type: ignore[arg-type]
         for level, decoder in zip(levels, model.module.decoders, strict=True):
             output = decoder.output(inputs["measured"])
             logits = torch.nn.functional.linear(decoder(inputs["z"], inputs["covariates"]), output.weight, output.bias)
@@ -221,7 +222,7 @@ def unseen_is_expected() -> Iterator[None]:
         yield
 
 
-def describe_added(categories: Mapping[str, list[Any]], genes: list[str]) -> list[str]:
+def _describe_added(categories: Mapping[str, list[Any]], genes: list[str]) -> list[str]:
     """Lines for the report of a pre-trained model."""
     lines = [
         f"{len(names):,} {name} categor{'y' if len(names) == 1 else 'ies'} added ({some(names)}), each with the mean "

@@ -73,7 +73,7 @@ class HubMixin:
             license_info=license_info,
             description=description,
             references=references,
-            summary=f"{self._model_summary_string}.",
+            summary=f"{self._model_summary_string}.",  # type: ignore[attr-defined]
             arguments={name: v for name, v in self.init_params_["non_kwargs"].items() if v is not None},  # type: ignore[attr-defined]
             setup={name: value for name, value in registry["setup_args"].items() if value is not None},
             statistics=dict(self.summary_stats),  # type: ignore[attr-defined]

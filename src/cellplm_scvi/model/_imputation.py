@@ -167,7 +167,7 @@ class ImputationMixin:
             (
                 torch.from_numpy(genes).to(device),
                 {
-                    name: category_shares(table.covariates[name][table.panel == p], codes.n_categories).to(device)
+                    name: category_shares(table.covariates[name][table.panel == p], codes.n_categories).to(device)  # type: ignore[arg-type]
                     for name, codes in tables
                 },
             )

@@ -31,7 +31,7 @@ from cellplm_scvi.pretrained import (
 )
 from cellplm_scvi.pretrained._own import CONFIG_FILE, WEIGHTS_FILE, check_state
 
-from ._extension import describe_added, extend, unknown_categories, unknown_genes, unseen_is_expected
+from ._extension import extend, unknown_categories, unknown_genes, unseen_is_expected
 from ._registry import portable, published_registry, set_up_as, setup_of
 
 if TYPE_CHECKING:
@@ -148,12 +148,9 @@ class PretrainedMixin:
             )
         if not adding:
             return model
-        categories = unknown_categories(model) if new_categories == "add" else {}
-        genes = unknown_genes(model) if new_genes == "add" else []
-        model = extend(model, categories, genes) if categories or genes else model
-        report = model.pretrained_report_ or {}
-        model.pretrained_report_ = report | {"notes": [*report["notes"], *describe_added(categories, genes)]}
-        return model
+        categories = unknown_categories(model) if new_categories == "add" else {}  # type: ignore[arg-type]
+        genes = unknown_genes(model) if new_genes == "add" else []  # type: ignore[arg-type]
+        return extend(model, categories, genes) if categories or genes else model  # type: ignore[type-var]
 
     @classmethod
     def _attached(
@@ -170,7 +167,6 @@ class PretrainedMixin:
         cache_dir: str | Path | None = None,
     ) -> Self:
         """The model of the files, or a copy of a model, with an AnnData; given an organism, genes match by meaning."""
-        method, arguments = setup_of(cls, adata, setup)
         if isinstance(source, PretrainedMixin):
             if overwrite_config:
                 raise ValueError("overwrite_config is for published files; this is a trained model.")
@@ -182,6 +178,7 @@ class PretrainedMixin:
             file = "the model"
         else:
             registry, init, state, report, file = cls._read(source, overwrite_config, revision, cache_dir)
+        method, arguments = setup_of(cls, adata, setup)
         set_up_as(cls, registry, method, arguments)
         if organism is not None:
             registry["field_registries"][c.X_KEY]["state_registry"][ORGANISM_KEY] = organism

@@ -9,7 +9,7 @@ from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import AnnOrMuData
 from cellplm_scvi.data._checks import some
 
-from ._extension import describe_added, extend, unknown_categories, unseen_is_expected
+from ._extension import extend, unknown_categories, unseen_is_expected
 from ._registry import KEY_ARGUMENTS
 
 if TYPE_CHECKING:
@@ -79,10 +79,7 @@ class QueryMixin:
         categories = unknown_categories(model)
         if not categories:
             raise ValueError(_nothing_new(model))
-        query = extend(model, categories, [], query=True)
-        report = query.pretrained_report_
-        query.pretrained_report_ = report | {"notes": [*report["notes"], *describe_added(categories, [])]}
-        return query
+        return extend(model, categories, [], query=True)
 
 
 def _nothing_new(model: CellPLM) -> str:

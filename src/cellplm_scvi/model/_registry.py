@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import scvi
@@ -19,9 +19,6 @@ from cellplm_scvi.data._vocabulary import MATCH_KEY, UNNAMED_KEY
 from cellplm_scvi.pretrained import PretrainedFileError, PublishedCheckpoint
 from cellplm_scvi.pretrained._own import CONFIG_FILE
 
-if TYPE_CHECKING:
-    from ._cellplm import CellPLM
-
 #: the argument of ``setup_anndata`` behind each registered covariate
 KEY_ARGUMENTS = {
     c.BATCH_KEY: "batch_key",
@@ -34,7 +31,7 @@ BUILT_FOR = (*(KEY_ARGUMENTS[name] for name in c.COVARIATES), "spatial_key")
 
 
 def setup_of(
-    model_class: type[CellPLM], adata: AnnOrMuData | None, setup: Mapping[str, Any]
+    model_class: type[Any], adata: AnnOrMuData | None, setup: Mapping[str, Any]
 ) -> tuple[str | None, dict[str, Any]]:
     """Name and arguments of the set-up that the user asks for; no name: the one that the model was saved with."""
     known = inspect.signature(model_class.setup_anndata).parameters
@@ -61,7 +58,7 @@ def setup_of(
 
 
 def set_up_as(
-    model_class: type[CellPLM], registry: dict[str, Any], method: str | None, arguments: Mapping[str, Any]
+    model_class: type[Any], registry: dict[str, Any], method: str | None, arguments: Mapping[str, Any]
 ) -> None:
     """Let a registry ask data for the set-up of the user; what the user leaves open stays as the model was saved."""
     method = method or registry["setup_method_name"]

@@ -27,7 +27,7 @@ def imputation_reliability(
     """See :meth:`cellplm_scvi.CellPLM.get_imputation_reliability`."""
     adata, key, dataset_key = _data_of(model)
     table = pd.DataFrame(adata.varm[key])
-    names = adata.obs[dataset_key].astype(str)
+    names = pd.Series(adata.obs[dataset_key]).astype(str)
     dataset = _chosen(table, names, dataset)
     others = table.drop(columns=dataset).any(axis=1)
     genes = table.index[table[dataset] & others]
@@ -46,7 +46,7 @@ def imputation_reliability(
     kept = reduced.index[reduced[dataset]]
     found = pd.DataFrame(index=table.index)
     found["reference_correlation"] = _within_reference(second, adata, names, dataset, kept, reduced)
-    found["held_out_correlation"] = _correlations(_counts(model, adata[cells], kept, hidden), imputed)
+    found["held_out_correlation"] = _correlations(_counts(model, adata[cells], kept, hidden), imputed)  # type: ignore[arg-type]
     known = found.dropna()
     line = IsotonicRegression(out_of_bounds="clip").fit(known["reference_correlation"], known["held_out_correlation"])
     value = found["reference_correlation"].notna()
@@ -84,7 +84,7 @@ def _trained_on(
     setup = {name: value for name, value in model.registry_["setup_args"].items() if value is not None}
     layer = setup.pop("layer", None)
     x = adata.X if layer is None else adata.layers[layer]
-    copy = AnnData(x, obs=adata.obs.copy(), var=adata.var[[]].copy())
+    copy = AnnData(x, obs=adata.obs.copy(), var=pd.DataFrame(index=adata.var_names))  # type: ignore[arg-type]
     copy.obsm.update({name: adata.obsm[name] for name in adata.obsm})
     copy.varm[key] = table
     cls = type(model)
@@ -115,7 +115,7 @@ def _within_reference(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # genes are missing on purpose
             imputed = model.get_imputed_expression(part, gene_list=list(genes))
-        found = _correlations(_counts(model, adata[rows], shown, genes), imputed)
+        found = _correlations(_counts(model, adata[rows], shown, genes), imputed)  # type: ignore[arg-type]
         best = best.combine(found.reindex(best.index), np.fmax)
     return best
 

@@ -197,8 +197,9 @@ class CellPLMModule(BaseModuleClass):
     @auto_move_data
     def embed(self, tensors: Minibatch) -> Tensor:
         """Mean of q(z|h) of the cells that count, (n_targets, n_latent)."""
-        h = self.hidden(tensors)
-        return self.latent.posterior_mean(h[tensors["target"]] if "target" in tensors else h)
+        # of the whole sample, for products over fewer cells round otherwise: `indices` must not change a bit
+        mean = self.latent.posterior_mean(self.hidden(tensors))
+        return mean[tensors["target"]] if "target" in tensors else mean
 
     def _coordinates(self, tensors: Minibatch) -> Tensor:
         """Coordinates where the position code takes them; else only whether a cell has any neighbour."""

@@ -21,6 +21,18 @@ class AnnotationHead(nn.Module):
         Sizes: of the embedding, of the expression, its principal components, and the classes.
     """
 
+    loadings: Tensor
+    feature_mean: Tensor
+    feature_scale: Tensor
+    weight: Tensor
+    bias: Tensor
+    class_mean: Tensor
+    whitening: Tensor
+    distances: Tensor
+    target_sum: Tensor
+    temperature: Tensor
+    fitted: Tensor
+
     def __init__(self, n_latent: int, n_genes: int, n_components: int, n_classes: int):
         super().__init__()
         self.n_latent = n_latent
