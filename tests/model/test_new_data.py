@@ -42,6 +42,16 @@ def test_a_model_saved_with_its_data(model, tmp_path):
     CellPLM.setup_anndata(model.adata.copy())
 
 
+def test_setting_up_a_copy_leaves_the_original_as_it_is(make_tissues, build, train, tmp_path):
+    """Copies share scvi-tools' identifier, but not the set-up."""
+    model = train(build(make_tissues()))
+    model.save_pretrained(tmp_path)
+    CellPLM.setup_anndata(model.adata.copy())
+    again = CellPLM.from_pretrained(tmp_path, model.adata.copy(), accelerator="cpu")
+    assert again.registry_["setup_args"]["sample_key"] == "sample"
+    np.testing.assert_array_equal(again.get_latent_representation(), model.get_latent_representation())
+
+
 def test_a_model_loaded_without_data(model, saved):
     again = CellPLM.load(saved, adata=False, accelerator="cpu")
     np.testing.assert_allclose(

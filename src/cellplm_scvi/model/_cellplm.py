@@ -10,7 +10,7 @@ from scvi.data import AnnDataManager
 from scvi.model.base import BaseModelClass
 
 from cellplm_scvi import _constants as c
-from cellplm_scvi._compat import AnnOrMuData, copy_if_view, setup_anndata_dsp
+from cellplm_scvi._compat import SCVI_UUID_KEY, AnnOrMuData, copy_if_view, setup_anndata_dsp
 from cellplm_scvi.data._checks import check_library, check_sizes, some, warn
 from cellplm_scvi.data._fields import make_fields
 from cellplm_scvi.data._loader import SpatialInputs
@@ -349,6 +349,9 @@ class CellPLM(
 
     @classmethod
     def _register(cls, adata: AnnOrMuData, fields: list, setup_method_args: dict, kwargs: dict) -> None:
+        known = cls._setup_adata_manager_store.get(adata.uns.get(SCVI_UUID_KEY))
+        if known is not None and known.adata is not adata:
+            del adata.uns[SCVI_UUID_KEY]  # a copy: it must not replace the set-up of what it was copied from
         manager = AnnDataManager(fields=fields, setup_method_args=setup_method_args)
         manager.register_fields(adata, **kwargs)
         cls.register_manager(manager)

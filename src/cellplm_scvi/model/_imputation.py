@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import AnnOrMuData
 from cellplm_scvi.data._checks import some
 from cellplm_scvi.data._table import CellTable
+from cellplm_scvi.data._vocabulary import gene_columns
 from cellplm_scvi.model._embedding import fixed_draws
 from cellplm_scvi.nn import BatchAwareDecoder
 
@@ -49,7 +51,8 @@ class ImputationMixin:
 
         with :math:`M_n` the genes of the cell's own panel, :math:`M_r` those of the other data set, and
         :math:`\ell^{(r)}` the logits decoded as if in it; several data sets are averaged. So the measured genes of a cell
-        add up to ``library_size``, and the others are in the same unit.
+        add up to ``library_size``, and the others are in the same unit. Genes that the model's AnnData lacks altogether,
+        which it learned from other data before it was loaded, are decoded with the mean contribution of the covariates.
 
         Parameters
         ----------
@@ -152,8 +155,8 @@ class ImputationMixin:
             )
         return columns, wanted
 
-    def _panel_profiles(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
-        """Genes of each data set that the model was trained on, (n_genes,), and the shares of each covariate's categories."""
+    def _panel_profiles(self) -> list[PanelProfile]:
+        """The data sets of the model's AnnData; the last stands for those, seen in training, of genes that it lacks."""
         manager = self.adata_manager  # type: ignore[attr-defined]
         if manager is None:
             return []
@@ -163,18 +166,32 @@ class ImputationMixin:
         device, decoder = self.module.device, self.module.decoder
         # the published decoder gives absent covariates the mean of what was learned
         tables = decoder.codes.items() if isinstance(decoder, BatchAwareDecoder) else ()
-        return [
-            (
-                torch.from_numpy(genes).to(device),
-                {
+        profiles = [
+            PanelProfile(
+                shown=torch.from_numpy(genes).to(device),
+                given=torch.from_numpy(genes).to(device),
+                covariates={
                     name: category_shares(table.covariates[name][table.panel == p], codes.n_categories).to(device)  # type: ignore[arg-type]
                     for name, codes in tables
                 },
             )
             for p, genes in enumerate(table.measured)
         ]
+        absent = np.ones(table.measured.shape[1], dtype=bool)
+        places = gene_columns(manager.get_state_registry(c.X_KEY), self._gene_names(manager))  # type: ignore[attr-defined]
+        absent[places[places >= 0]] = False
+        if absent.any():
+            profiles.append(
+                PanelProfile(
+                    shown=torch.from_numpy(absent | table.measured.any(0)).to(device),
+                    given=torch.from_numpy(absent).to(device),
+                    # the code of no category: the mean contribution
+                    covariates={name: torch.full((1,), -1, device=device) for name, _ in tables},
+                )
+            )
+        return profiles
 
-    def _imputed(self, z: Tensor, inputs: dict[str, Any], profiles: list[tuple[Tensor, dict[str, Tensor]]]) -> Tensor:
+    def _imputed(self, z: Tensor, inputs: dict[str, Any], profiles: list[PanelProfile]) -> Tensor:
         """Expected share of every gene, (n_cells, n_genes); those of measured genes add up to 1."""
         decoder = self.module.decoder
         measured, panel = inputs["measured"], inputs["panel"]
@@ -183,12 +200,12 @@ class ImputationMixin:
             return own
         known = measured[panel]
         total, n = torch.zeros_like(own), torch.zeros_like(own)
-        for genes, covariates in profiles:
-            shared = known & genes
-            new = ~known & genes & shared.any(1, keepdim=True)
+        for profile in profiles:
+            shared = known & profile.shown
+            new = ~known & profile.given & shared.any(1, keepdim=True)
             if not new.any():
                 continue
-            hidden = decoder(z, covariates)
+            hidden = decoder(z, profile.covariates)
             logits = decoder.output().log_shares(hidden, None)
             scale = (own * shared).sum(1, keepdim=True).log() - logits.masked_fill(~shared, -torch.inf).logsumexp(
                 1, True
@@ -197,6 +214,25 @@ class ImputationMixin:
             n = n + new
         # a gene that no data set of the model measured together with these has no value
         return torch.where(known, own, torch.where(n > 0, total / n.clamp_min(1), torch.nan))
+
+
+@dataclass(frozen=True)
+class PanelProfile:
+    """A data set, or several, whose cells teach the model genes that others lack.
+
+    Parameters
+    ----------
+    shown
+        Genes that it measured, (n_genes,), which set the scale together with those of a cell.
+    given
+        Genes that are taken from it, (n_genes,).
+    covariates
+        Share of each category of each covariate among its cells, (n_categories,), or a code, (1,).
+    """
+
+    shown: Tensor
+    given: Tensor
+    covariates: dict[str, Tensor]
 
 
 def category_shares(codes: np.ndarray, n_categories: int) -> Tensor:
