@@ -173,7 +173,7 @@ def synthetic_tissues(
 
 
 def true_shares(adata: AnnData) -> pd.DataFrame:
-    """Expected share of every gene in a cell of :func:`synthetic_tissues`, measured or not, (n_cells, n_genes).
+    """Expected share of every gene in a cell of :func:`~cellplm_scvi.data.synthetic_tissues`, measured or not, (n_cells, n_genes).
 
     Times ``obs["depth"]`` they are the means of the counts.
     """
