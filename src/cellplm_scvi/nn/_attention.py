@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ._dropout import dropout
+
 EPS = 1e-6
 
 
@@ -88,13 +90,15 @@ class Packing:
     def weighted_sum(self, rows: Tensor, weight: Tensor) -> Tensor:
         """Sum over the cells of each sample, (n_cells, n_heads, d) by (n_cells, n_heads) -> (n_samples, n_heads, d)."""
         if self.n_samples == 1:
-            return torch.einsum("nhd,nh->hd", rows, weight)[None]
+            # of all pairs of heads, and the equal ones picked: one product is quicker than one for each head
+            pairs = (weight.T @ rows.flatten(1)).unflatten(1, rows.shape[1:])
+            return pairs.diagonal().T[None]
         return self.sum(rows * weight[..., None])
 
     def dot(self, rows: Tensor, of_sample: Tensor) -> Tensor:
         """Product with a vector of the cell's sample, (n_cells, n_heads, d) by (n_samples, n_heads, d)."""
         if self.n_samples == 1:
-            return torch.einsum("nhd,hd->nh", rows, of_sample[0])
+            return rows.flatten(1) @ torch.block_diag(*of_sample[0]).T
         return (rows * of_sample.index_select(0, self.segment)).sum(-1)
 
     def softmax(self, rows: Tensor) -> Tensor:
@@ -156,7 +160,7 @@ class Attention(nn.Module, ABC):
         return q, k, v
 
     def dropped(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout_rate, self.training)
+        return dropout(x, self.dropout_rate, self.training)
 
 
 class GlobalAttention(Attention):
@@ -187,10 +191,10 @@ class FlowAttention(GlobalAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
         q, k, v = q.float().sigmoid(), k.float().sigmoid(), v.float()
-        incoming = 1 / packing.dot(q + EPS, packing.sum(k) + EPS)  # (n_cells, n_heads)
-        outgoing = 1 / packing.dot(k + EPS, packing.sum(q) + EPS)
-        conserved_in = packing.dot(q + EPS, packing.weighted_sum(k, outgoing) + EPS)
-        conserved_out = packing.dot(k + EPS, packing.weighted_sum(q, incoming) + EPS).clamp(-1.0, 1.0)
+        incoming = 1 / _flow(q, packing.sum(k), packing)  # (n_cells, n_heads)
+        outgoing = 1 / _flow(k, packing.sum(q), packing)
+        conserved_in = _flow(q, packing.weighted_sum(k, outgoing), packing)
+        conserved_out = _flow(k, packing.weighted_sum(q, incoming), packing).clamp(-1.0, 1.0)
         competition = packing.softmax(conserved_out) * packing.lengths.float()[packing.segment][:, None]
         # both factors of the result's rows at once: one pass over q instead of two over cells x width
         q = q * (incoming * conserved_in.sigmoid())[..., None]
@@ -206,6 +210,15 @@ class FlowAttention(GlobalAttention):
             products = per_sample.index_add(0, packing.block_sample, products)
             products = products.index_select(0, packing.block_sample)
         return packing.from_blocks((q @ products).transpose(1, 2))
+
+
+def _flow(rows: Tensor, total: Tensor, packing: Packing) -> Tensor:
+    """(rows + eps) . (total + eps) without a copy of the rows, (n_cells, n_heads)."""
+    total = total + EPS
+    per_sample = EPS * total.sum(-1)
+    return packing.dot(rows, total) + (
+        per_sample if packing.n_samples == 1 else per_sample.index_select(0, packing.segment)
+    )
 
 
 class SoftmaxAttention(GlobalAttention):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ._dropout import Dropout
 from ._growth import add_codes, with_rows
 from ._nb import GeneOutput
 
@@ -70,7 +71,7 @@ class BatchAwareDecoder(nn.Module):
         super().__init__()
         self.input = nn.Linear(n_latent, n_hidden)
         self.layers = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(n_hidden), nn.GELU(), nn.Dropout(dropout_rate), nn.Linear(n_hidden, n_hidden))
+            nn.Sequential(nn.LayerNorm(n_hidden), nn.GELU(), Dropout(dropout_rate), nn.Linear(n_hidden, n_hidden))
             for _ in range(n_layers)
         )
         self.norm = nn.LayerNorm(n_hidden)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ._dropout import Dropout
 from ._growth import with_rows
 from ._sparse import SparseCounts
 
@@ -30,7 +31,7 @@ class GeneEmbedder(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(n_genes, n_hidden) / n_hidden**0.5)
         self.project = nn.Sequential(
-            nn.LayerNorm(n_hidden), nn.Linear(n_hidden, n_hidden), nn.GELU(), nn.Dropout(dropout_rate)
+            nn.LayerNorm(n_hidden), nn.Linear(n_hidden, n_hidden), nn.GELU(), Dropout(dropout_rate)
         )
         self.normalises = target_sum is not None
         self.register_buffer("target_sum", torch.tensor(1.0 if target_sum is None else float(target_sum)))

@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from ._attention import FlowAttention, GlobalAttention, LocalAttention, Neighbourhood, Packing, SoftmaxAttention
+from ._dropout import Dropout
 
 Encoder = Literal["flow", "softmax", "mlp"]
 
@@ -43,7 +44,7 @@ class EncoderLayer(nn.Module):
             nn.Linear(n_hidden, 2 * n_hidden),
             nn.GELU(),
             nn.Linear(2 * n_hidden, n_hidden),
-            nn.Dropout(dropout_rate),
+            Dropout(dropout_rate),
         )
 
     def forward(self, x: Tensor, packing: Packing, neighbourhood: Neighbourhood | None) -> Tensor:

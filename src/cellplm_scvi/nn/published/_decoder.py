@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from cellplm_scvi.nn._dropout import Dropout
 from cellplm_scvi.nn._growth import add_codes, with_rows
 from cellplm_scvi.nn._nb import GeneOutput
 
@@ -65,7 +66,7 @@ class PublishedDecoderLayer(nn.Module):
         d = config.n_decoder_hidden
         self.linear = nn.Linear(n_input, d)
         self.activation = nn.PReLU()
-        self.dropout = nn.Dropout(config.dropout_rate)
+        self.dropout = Dropout(config.dropout_rate)
         self.norm = published_norm(config.norm, d)
         self.codes = nn.ModuleDict({name: PublishedCodes(n, d, config.norm) for name, n in config.covariates.items()})
 

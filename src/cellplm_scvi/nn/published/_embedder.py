@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from cellplm_scvi.nn._dropout import Dropout
 from cellplm_scvi.nn._growth import with_rows
 from cellplm_scvi.nn._sparse import SparseCounts
 
@@ -18,7 +19,7 @@ class PublishedEmbedder(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(0.005 * torch.randn(config.n_genes, config.n_hidden))
         self.linear = nn.Linear(config.n_hidden, config.n_hidden)
-        self.dropout = nn.Dropout(config.dropout_rate)
+        self.dropout = Dropout(config.dropout_rate)
         self.norm = published_norm(config.norm, config.n_hidden)
 
     def add_genes(self, n_genes: int) -> None:

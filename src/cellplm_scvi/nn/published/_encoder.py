@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cellplm_scvi.nn._attention import FlowAttention, Neighbourhood, Packing
+from cellplm_scvi.nn._dropout import Dropout, dropout
 from cellplm_scvi.nn._encoders import CellEncoder
 
 from ._config import PublishedConfig
@@ -19,7 +19,7 @@ class PublishedAttention(FlowAttention):
 
     def dropped(self, x: Tensor) -> Tensor:
         if self.dropout_rate > 0:
-            x = F.dropout(x, ATTENTION_DROPOUT, self.training)
+            x = dropout(x, ATTENTION_DROPOUT, self.training)
         return super().dropped(x)
 
 
@@ -33,7 +33,7 @@ class PublishedLayer(nn.Module):
         self.norm_attention = nn.LayerNorm(d)
         self.norm_feed_forward = nn.LayerNorm(d)
         self.feed_forward = nn.Sequential(
-            nn.Linear(d, 2 * d), nn.GELU(), nn.Dropout(rate), nn.Linear(2 * d, d), nn.Dropout(rate)
+            nn.Linear(d, 2 * d), nn.GELU(), Dropout(rate), nn.Linear(2 * d, d), Dropout(rate)
         )
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:

@@ -69,7 +69,8 @@ class PublishedMixture(PublishedLatent):
 
     The published code draws y and returns the mean of q(z|h, y), so that two calls differ. Here the posterior of a cell is
     the Gaussian with the moments of :math:`\sum_y q(y|h)\,q(z|h, y)`: its mean is the expectation of what the published
-    code returns.
+    code returns. In training y is drawn as published, softly (Gumbel-softmax of temperature 1), for one component costs
+    a K-th of all of them, and :math:`E_y[\log q(z|h, y) - \log p(z)]` still bounds the divergence from above.
     """
 
     def __init__(self, config: PublishedConfig):
@@ -97,6 +98,10 @@ class PublishedMixture(PublishedLatent):
         return share, F.linear(h, weight[:, : h.shape[1]], self.hidden.bias), weight[:, h.shape[1] :].T
 
     def posterior(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        if self.training:
+            y = F.gumbel_softmax(self.logits(h).float())
+            mean, variance = self.given_component(h, y.to(h.dtype))
+            return mean.float(), variance.float().clamp_min(MIN_VARIANCE)
         share, from_cell, from_component = self._by_component(h)
         moments = torch.cat([self.mean.weight, self.raw_variance.weight])
         bias = torch.cat([self.mean.bias, self.raw_variance.bias])
