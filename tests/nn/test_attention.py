@@ -37,8 +37,9 @@ def test_sums_and_softmax_over_samples(sizes):
     parts = x.split(sizes)
     assert torch.allclose(packing.sum(x), torch.stack([part.sum(0) for part in parts]), atol=1e-4)
     assert torch.allclose(packing.softmax(x), torch.cat([part.softmax(0) for part in parts]), atol=1e-6)
-    index, real = packing.padded()
+    index, real, places = packing.padded
     assert torch.equal(x[index][real], x)
+    assert torch.equal(x[index].flatten(0, 1)[places], x)
     assert real.sum(1).tolist() == sizes
 
 

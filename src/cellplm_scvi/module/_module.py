@@ -17,7 +17,6 @@ from cellplm_scvi.nn import (
     GeneMasking,
     Latent,
     Neighbourhood,
-    Packing,
     PanelMasking,
     Position,
     SparseCounts,
@@ -182,7 +181,7 @@ class CellPLMModule(BaseModuleClass):
         if self.training and self.masking is not None:
             counts = self.masking(counts)
         h = self.embedder(counts, library)
-        packing = Packing(tensors["lengths"])
+        packing = self.encoder.packing(tensors["lengths"])
         neighbourhood = None
         if self.position is not None:
             h = h + self.position(self._coordinates(tensors))

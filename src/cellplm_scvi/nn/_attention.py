@@ -106,13 +106,14 @@ class Packing:
         exp = rows.float().exp()
         return exp / self.sum(exp).index_select(0, self.segment)
 
-    def padded(self) -> tuple[Tensor, Tensor]:
-        """Rows of each sample side by side: index (n_samples, longest) into the rows, and which are real."""
+    @cached_property
+    def padded(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of each sample side by side: index (n_samples, longest) into the rows, which are real, and where they lie."""
         longest = int(self.lengths.max())
         place = torch.arange(longest, device=self.lengths.device)
         real = place < self.lengths[:, None]
         first = self.lengths.cumsum(0) - self.lengths
-        return torch.where(real, first[:, None] + place, 0), real
+        return torch.where(real, first[:, None] + place, 0), real, real.flatten().nonzero()[:, 0]
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,10 @@ class Attention(nn.Module, ABC):
 class GlobalAttention(Attention):
     """Attention between all the cells of a sample."""
 
+    @staticmethod
+    def prepare(packing: Packing) -> None:
+        """Compute what :meth:`attend` needs of the packing and a compiled graph cannot: sizes that depend on lengths."""
+
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
         """(n_cells, n_heads, d_head) three times -> the same shape."""
@@ -188,6 +193,12 @@ class FlowAttention(GlobalAttention):
 
     Sums over cells are float32.
     """
+
+    @staticmethod
+    def prepare(packing: Packing) -> None:
+        if packing.n_samples > 1:
+            packing.block_sample  # noqa: B018
+        packing.segment  # noqa: B018
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
         q, k, v = q.float().sigmoid(), k.float().sigmoid(), v.float()
@@ -224,17 +235,22 @@ def _flow(rows: Tensor, total: Tensor, packing: Packing) -> Tensor:
 class SoftmaxAttention(GlobalAttention):
     """Exact softmax attention through torch's fused kernel, over samples padded to the longest."""
 
+    @staticmethod
+    def prepare(packing: Packing) -> None:
+        if packing.n_samples > 1:
+            packing.padded  # noqa: B018
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
         if packing.n_samples == 1:
             q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
             mixed = F.scaled_dot_product_attention(q, k, v)
             return mixed[0].transpose(0, 1)
-        index, real = packing.padded()
+        index, real, places = packing.padded
         q, k, v = (
             t.index_select(0, index.flatten()).view(*index.shape, *t.shape[1:]).transpose(1, 2) for t in (q, k, v)
         )
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=real[:, None, None, :])
-        return mixed.transpose(1, 2).flatten(0, 1).index_select(0, real.flatten().nonzero()[:, 0])
+        return mixed.transpose(1, 2).flatten(0, 1).index_select(0, places)
 
 
 class LocalAttention(Attention):

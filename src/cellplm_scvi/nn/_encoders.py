@@ -14,7 +14,20 @@ Encoder = Literal["flow", "softmax", "mlp"]
 
 
 class CellEncoder(nn.Module, ABC):
-    """Maps the embeddings of the cells of packed samples to hidden states."""
+    """Maps the embeddings of the cells of packed samples to hidden states.
+
+    ``encoder.compile(dynamic=True)`` compiles the forward pass to one graph for any sizes.
+    """
+
+    #: attention between all the cells of a sample, ``None`` for none
+    attention: type[GlobalAttention] | None
+
+    def packing(self, lengths: Tensor) -> Packing:
+        """The packing of samples of ``lengths`` cells, (n_samples,), with what the attention needs of it."""
+        packing = Packing(lengths)
+        if self.attention is not None:
+            self.attention.prepare(packing)
+        return packing
 
     @abstractmethod
     def forward(self, x: Tensor, packing: Packing, neighbourhood: Neighbourhood | None) -> Tensor:
@@ -72,9 +85,10 @@ class TransformerEncoder(CellEncoder):
     def __init__(self, kind: Encoder, n_hidden: int, n_layers: int, n_heads: int, dropout_rate: float, *, local: bool):
         super().__init__()
         attentions: dict[str, type[GlobalAttention]] = {"flow": FlowAttention, "softmax": SoftmaxAttention}
+        self.attention = attentions.get(kind)
 
         def layer() -> EncoderLayer:
-            attention = attentions[kind](n_hidden, n_heads, dropout_rate) if kind in attentions else None
+            attention = self.attention(n_hidden, n_heads, dropout_rate) if self.attention is not None else None
             near = LocalAttention(n_hidden, n_heads, dropout_rate) if local else None
             return EncoderLayer(n_hidden, attention, near, dropout_rate)
 

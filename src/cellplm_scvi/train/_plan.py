@@ -36,6 +36,11 @@ class CellPLMTrainingPlan(TrainingPlan):
         Factor of the learning rate from each layer of the encoder to the one below: of L layers, layer l learns at
         ``lr * layer_decay ** (L + 1 - l)``, gene embedder and position code (l = 0) slowest, what follows the layers at
         ``lr``. Below 1 it keeps a pre-trained model close to what it was.
+    compile
+        Whether to compile the encoder (``torch.compile``), once for all sizes of samples and minibatches. What comes
+        before and after works on sparse counts, which cannot be compiled.
+    compile_kwargs
+        Of :func:`torch.compile`.
     n_epochs_kl_warmup
         Epochs over which the weight of the KL divergence rises from ``min_kl_weight`` to ``max_kl_weight``.
     **kwargs
@@ -52,6 +57,8 @@ class CellPLMTrainingPlan(TrainingPlan):
         warmup: float = 0.05,
         final_lr: float = 0.05,
         layer_decay: float = 1.0,
+        compile: bool = False,
+        compile_kwargs: dict[str, Any] | None = None,
         n_epochs_kl_warmup: int | None = None,
         **kwargs: Any,
     ):
@@ -69,6 +76,13 @@ class CellPLMTrainingPlan(TrainingPlan):
         if not 0 < layer_decay <= 1:
             raise ValueError(f"layer_decay={layer_decay} must be above 0 and at most 1.")
         self.layer_decay = layer_decay
+        if compile:
+            module.encoder.compile(**({"dynamic": True} | (compile_kwargs or {})))
+
+    def on_train_end(self) -> None:
+        """Run the encoder as it is from here on: a result has to be the same before and after saving."""
+        super().on_train_end()
+        self.module.encoder._compiled_call_impl = None
 
     def training_step(self, batch: Minibatch, batch_idx: int) -> torch.Tensor:
         """One step on a minibatch."""

@@ -45,6 +45,8 @@ class PublishedLayer(nn.Module):
 class PublishedEncoder(CellEncoder):
     """A stack of :class:`PublishedLayer` and a layer norm."""
 
+    attention = PublishedAttention
+
     def __init__(self, config: PublishedConfig):
         super().__init__()
         self.layers = nn.ModuleList(PublishedLayer(config) for _ in range(config.n_layers))
