@@ -109,6 +109,17 @@ def test_moments_and_draws_of_the_latent_space(model):
     assert (np.abs(averaged - mean) < 5 * np.sqrt(variance / 2000)).all()
 
 
+def test_precision(model):
+    """Half the bits move an embedding a little, and differently from not at all."""
+    whole = model.get_latent_representation()
+    half = model.get_latent_representation(precision="bf16-mixed")
+    assert half.dtype == np.float32
+    error = np.sqrt(np.mean((half - whole) ** 2)) / whole.std()
+    assert 0 < error < 0.05
+    with pytest.raises(ValueError, match="neither"):
+        model.get_latent_representation(precision="16")
+
+
 def test_mixture_probabilities(model):
     found = model.get_mixture_probabilities()
     assert list(found.index) == list(model.adata.obs_names)

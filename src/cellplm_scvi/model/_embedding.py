@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from cellplm_scvi.module import CellPLMModule
 
 Moments = tuple[np.ndarray, np.ndarray]
+#: precision of the encoder at inference, in Lightning's words
+Precision = Literal["32-true", "bf16-mixed"]
 
 
 @contextmanager
@@ -74,7 +76,13 @@ class EmbeddingMixin:
 
     @torch.inference_mode()
     def _moments(
-        self, table: CellTable, rows: np.ndarray, batch_size: int | None, *, mean_only: bool = False
+        self,
+        table: CellTable,
+        rows: np.ndarray,
+        batch_size: int | None,
+        *,
+        mean_only: bool = False,
+        precision: Precision = "32-true",
     ) -> Moments:
         """Mean and variance of q(z|h), each (n_cells of the table, n_latent); NaN for rows not asked for.
 
@@ -94,7 +102,7 @@ class EmbeddingMixin:
             max_context=self.module.max_context,
         )
         empty = 0
-        with fixed_draws():
+        with fixed_draws(), self._autocast(precision):
             for request, tensors in zip(loader.sampler, loader, strict=True):
                 empty += int((tensors["offsets"].diff() == 0).sum())
                 found = request.rows if request.target is None else request.rows[request.target]
@@ -107,6 +115,12 @@ class EmbeddingMixin:
         if empty:
             warn(f"{empty:,} of the cells that were embedded have no counts of the model's genes; they say nothing.")
         return mean, variance
+
+    def _autocast(self, precision: Precision) -> torch.autocast:
+        """Products in bfloat16 where that was asked for."""
+        if precision not in ("32-true", "bf16-mixed"):
+            raise ValueError(f'precision="{precision}" is neither "32-true" nor "bf16-mixed".')
+        return torch.autocast(self.module.device.type, dtype=torch.bfloat16, enabled=precision == "bf16-mixed")
 
     @contextmanager
     def _encoded_once(self, adata: AnnOrMuData) -> Iterator[None]:
@@ -148,6 +162,7 @@ class EmbeddingMixin:
         batch_size: int | None = None,
         return_dist: bool = False,
         dataloader: Iterable[Minibatch] | None = None,
+        precision: Precision = "32-true",
     ) -> np.ndarray | Moments:
         """Embed cells.
 
@@ -170,6 +185,9 @@ class EmbeddingMixin:
             Return mean and variance of q(z|h).
         dataloader
             Minibatches to embed instead of ``adata``; rows are returned in its order.
+        precision
+            ``"bf16-mixed"`` computes the encoder's products in bfloat16, which is faster on a GPU and moves an embedding
+            by less than a hundredth of its standard deviation (root mean square).
 
         Returns
         -------
@@ -179,7 +197,7 @@ class EmbeddingMixin:
         if dataloader is not None:
             if adata is not None or indices is not None:
                 raise ValueError("Pass either `dataloader` or `adata` and `indices`.")
-            mean, variance = self._moments_of(dataloader)
+            mean, variance = self._moments_of(dataloader, precision)
         else:
             adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
             table = self._table(adata)
@@ -188,7 +206,7 @@ class EmbeddingMixin:
             # without indices, the result is the array that was filled, not a copy
             mean, variance = (
                 moment if indices is None else moment[rows]
-                for moment in self._moments(table, rows, batch_size, mean_only=mean_only)
+                for moment in self._moments(table, rows, batch_size, mean_only=mean_only, precision=precision)
             )
         if return_dist:
             return mean, variance
@@ -197,9 +215,9 @@ class EmbeddingMixin:
         draws = self.module.latent.sample(torch.from_numpy(mean), torch.from_numpy(variance), mc_samples)
         return (draws if mc_samples == 1 else draws.mean(0)).numpy()
 
-    def _moments_of(self, dataloader: Iterable[Minibatch]) -> Moments:
+    def _moments_of(self, dataloader: Iterable[Minibatch], precision: Precision) -> Moments:
         self.module.eval()
-        with fixed_draws():
+        with fixed_draws(), self._autocast(precision):
             outputs = [self.module.inference(tensors) for tensors in dataloader]
         mean, variance = (torch.cat([o[key].float().cpu() for o in outputs]).numpy() for key in ("qzm", "qzv"))
         return mean, variance
