@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scvi.distributions import NegativeBinomial
 
-from cellplm_scvi.nn import GeneOutput, SparseCounts, nb_negative_log_likelihood, softmax_nb_loss
+from cellplm_scvi.nn import GeneOutput, SparseCounts, nb_expected_log1p, nb_negative_log_likelihood, softmax_nb_loss
 from cellplm_scvi.nn import _nb as nb
 
 
@@ -235,3 +235,15 @@ def test_sparse_counts(shape):
     torch.testing.assert_close(grad, torch.from_numpy(dense).float().T @ weights, rtol=1e-4, atol=1e-4)
     keep = torch.from_numpy(rng.random(shape[1]) < 0.5)
     np.testing.assert_array_equal(counts.select(keep).to_dense(), dense[keep.numpy()])
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 50.0, 1e4])
+def test_expected_log1p_is_the_sum_over_counts(scale):
+    """Quadrature against the sum of log1p times probability, from means far below one to hundreds."""
+    mean = torch.tensor([1e-5, 1e-3, 0.1, 1.0, 7.0, 300.0])[:, None]
+    theta = torch.tensor([0.05, 1.0, 20.0])
+    x = torch.arange(60_000, dtype=torch.float64)[:, None, None]
+    log_p = -nb_negative_log_likelihood(x, mean.double(), theta.double())
+    expected = (log_p.exp() * torch.log1p(scale * x)).sum(0)
+    found = nb_expected_log1p(mean, theta.expand(6, 3), torch.tensor(scale))
+    torch.testing.assert_close(found, expected.float(), rtol=1e-3, atol=1e-5)

@@ -19,6 +19,7 @@ from cellplm_scvi.module import CellPLMModule
 from cellplm_scvi.nn import Encoder, GeneMasking, Latent, Position
 
 from ._defaults import default_hidden, default_latent, default_layers
+from ._denoising import DenoisingMixin
 from ._embedding import EmbeddingMixin
 from ._expression import ExpressionMixin
 from ._extension import Extension, ExtensionMixin
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 class CellPLM(
     EmbeddingMixin,
     ExpressionMixin,
+    DenoisingMixin,
     ImputationMixin,
     TrainingMixin,
     PretrainedMixin,

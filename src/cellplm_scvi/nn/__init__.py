@@ -8,7 +8,7 @@ from ._encoders import Encoder, TransformerEncoder
 from ._growth import AddedCodes
 from ._latents import Latent, MixtureLatent, latent_space
 from ._masking import GeneMasking, PanelMasking
-from ._nb import GeneOutput, nb_negative_log_likelihood, softmax_nb_loss
+from ._nb import GeneOutput, nb_expected_log1p, nb_negative_log_likelihood, softmax_nb_loss
 from ._positions import Position, position_code
 from ._sparse import SparseCounts
 
@@ -29,6 +29,7 @@ __all__ = [
     "SparseCounts",
     "TransformerEncoder",
     "latent_space",
+    "nb_expected_log1p",
     "nb_negative_log_likelihood",
     "position_code",
     "softmax_nb_loss",

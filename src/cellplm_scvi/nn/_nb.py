@@ -13,6 +13,7 @@ At :math:`x = 0` this is :math:`\theta\log(1 + \mu/\theta)`: the gamma functions
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -73,6 +74,34 @@ def nb_negative_log_likelihood(x: Tensor, mu: Tensor, theta: Tensor) -> Tensor:
         + (theta + x) * torch.log1p(mu / theta)
         + x * (theta.log() - mu.log())
     )
+
+
+def nb_expected_log1p(mean: Tensor, theta: Tensor, scale: Tensor) -> Tensor:
+    r"""Expectation of log(1 + s X) for negative binomial X, elementwise.
+
+    By Frullani's integral and the Laplace transform of X,
+
+    .. math::
+        E[\log(1 + s X)] = \int_0^\infty \left(1 - E[e^{-t s X}]\right) \frac{e^{-t}}{t}\,dt, \qquad
+        E[e^{-u X}] = \left(1 + \tfrac{\mu}{\theta} (1 - e^{-u})\right)^{-\theta} .
+
+    With t = exp(v) the integrand is smooth and vanishes at both ends, where the trapezoidal rule converges
+    exponentially; the error is below 1e-4.
+
+    Parameters
+    ----------
+    mean, theta
+        Mean and inverse dispersion of X.
+    scale
+        Factor s > 0.
+    """
+    ratio, total = mean / theta, torch.zeros(torch.broadcast_shapes(mean.shape, theta.shape, scale.shape)).to(mean)
+    low = -10.0 - float(torch.log1p((mean * scale).nan_to_num()).max()) if mean.numel() else 0.0
+    nodes = torch.arange(low, 4.0, 0.5, dtype=torch.float64)
+    for v in nodes.tolist():
+        t = math.exp(v)
+        total += torch.expm1(-theta * torch.log1p(ratio * -torch.expm1(-t * scale))) * (-0.5 * math.exp(-t))
+    return total
 
 
 def softmax_nb_loss(
