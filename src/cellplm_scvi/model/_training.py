@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from scvi.train import TrainRunner
 
 from cellplm_scvi._compat import devices_dsp, use_distributed_sampler
 from cellplm_scvi.data._checks import some, warn
 from cellplm_scvi.data._splitter import SampleSplitter
+from cellplm_scvi.data._streaming import CorpusDataModule
 from cellplm_scvi.module import PublishedModule
 from cellplm_scvi.nn import MixtureLatent
 from cellplm_scvi.train import CellPLMTrainingPlan, Freeze, PlaceMixtureComponents, frozen
@@ -78,7 +80,8 @@ class TrainingMixin:
         plan_kwargs
             Of :class:`~cellplm_scvi.train.CellPLMTrainingPlan`: ``lr``, ``layer_decay``, ``n_epochs_kl_warmup`` and so on.
         datamodule
-            Minibatches from elsewhere instead of the model's AnnData; ``max_epochs`` is then needed.
+            Minibatches from elsewhere instead of the model's AnnData, such as those of a corpus on disk
+            (:class:`~cellplm_scvi.data.CorpusDataModule`); ``max_epochs`` is then needed.
         freeze
             What stays as it is, to the bit: ``"embedder"`` (gene embedder and position code), ``"encoder"`` (these and the
             layers of the encoder), ``"backbone"`` (everything but the decoder's contributions of categories and its output
@@ -91,6 +94,10 @@ class TrainingMixin:
         data = datamodule or self._splitter(
             train_size, validation_size, shuffle_set_split, batch_size, datasplitter_kwargs
         )
+        if isinstance(data, CorpusDataModule):
+            data.serve(self)  # type: ignore[arg-type]
+            if data.cells.measured is not None:
+                self.module.panels = torch.from_numpy(data.cells.measured).to(self.module.device)
         if max_epochs is None:
             if not isinstance(data, SampleSplitter):
                 raise ValueError("Pass max_epochs together with datamodule.")
@@ -123,7 +130,7 @@ class TrainingMixin:
                 # the samplers share their minibatches out among ranks themselves
                 **(
                     {"use_distributed_sampler": False}
-                    if use_distributed_sampler(trainer_kwargs.get("strategy"))
+                    if use_distributed_sampler(trainer_kwargs.get("strategy")) or isinstance(data, CorpusDataModule)
                     else {}
                 ),
                 **{"gradient_clip_val": 1.0, **trainer_kwargs},
