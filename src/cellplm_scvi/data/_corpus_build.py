@@ -127,6 +127,7 @@ def _planned(path: Path, sources: list[Source], request: dict[str, Any]) -> dict
                 f"{path} holds a corpus that was built in another way ({some(differ)} differ). Choose another folder, "
                 "or remove this one first."
             )
+        _order_again(path, sources, manifest)
         return manifest
     if path.exists() and any(entry.name not in (WORK, PANELS, f"{MANIFEST}.new") for entry in path.iterdir()):
         raise ValueError(f"{path} is not empty, and is no corpus. Choose another folder.")
@@ -141,6 +142,18 @@ def _planned(path: Path, sources: list[Source], request: dict[str, Any]) -> dict
     np.save(path / PANELS, panels)
     _write_json(file, manifest)  # last: from here on, the plan stands
     return manifest
+
+
+def _order_again(path: Path, sources: list[Source], manifest: dict[str, Any]) -> None:
+    """For a shard that was lost after the build: the orders of cells were cleared up."""
+    n_shards = -(-manifest["n_cells"] // manifest["request"]["shard_size"])
+    if all((path / DONE_FOLDER / f"{n}.json").exists() for n in range(n_shards)):
+        return
+    (path / WORK).mkdir(exist_ok=True)
+    for n, source in enumerate(sources):
+        file = path / WORK / f"order_{n}.npy"
+        if not file.exists():
+            scan_source(source, pd.Index(manifest["genes"]), file)
 
 
 def _merged(

@@ -74,7 +74,9 @@ def scan_source(source: Source, genes: pd.Index, order_file: Path) -> Scan:
             n_counts += float(given.sum(dtype=np.float64))
             n_kept += float(counts.sum(dtype=np.float64))
         order, samples = _order(cells, keys)
-        np.save(order_file, order)
+        new = order_file.with_name(f"new_{order_file.name}")
+        np.save(new, order)
+        new.replace(order_file)
         return Scan(
             {name: list(cells.obs[name].cat.categories) for name in ("batch", "platform", "dataset")},
             samples,

@@ -19,6 +19,7 @@ from cellplm_scvi.data._table import CellTable
 from cellplm_scvi.module import CellPLMModule
 from cellplm_scvi.nn import Encoder, GeneMasking, Latent, Position
 
+from ._corpus import CorpusMixin
 from ._defaults import default_hidden, default_latent, default_layers
 from ._embedding import EmbeddingMixin
 from ._expression import ExpressionMixin
@@ -43,6 +44,7 @@ class CellPLM(
     HubMixin,
     QueryMixin,
     ExtensionMixin,
+    CorpusMixin,
     BaseModelClass,
 ):
     """Cell language model: a transformer whose tokens are cells and whose sentences are tissue samples (Wen et al. 2024).

@@ -111,10 +111,17 @@ class TrainingMixin:
                 'these train with the mean one. from_pretrained(..., new_categories="add") or load_query_data add them.'
             )
         freeze = self._default_freeze if freeze == "auto" else freeze  # type: ignore[attr-defined]
-        plan_kwargs = self._plan_defaults(max_epochs, freeze) | (plan_kwargs or {})
+        # of a corpus there may be few epochs: what happens in between them happens at steps
+        n_steps = None
+        if isinstance(data, CorpusDataModule):
+            n_steps = max_epochs * data.n_batches // trainer_kwargs.get("accumulate_grad_batches", 1)
+            if 0 < (limit := trainer_kwargs.get("max_steps", -1)) < n_steps:
+                n_steps = limit
+        plan_kwargs = self._plan_defaults(max_epochs, freeze, n_steps) | (plan_kwargs or {})
         callbacks = list(trainer_kwargs.pop("callbacks", None) or [])
         if isinstance(self.module.latent, MixtureLatent) and not self.is_trained_:  # type: ignore[attr-defined]
-            callbacks.append(PlaceMixtureComponents(epoch=max_epochs // 3))
+            step = None if n_steps is None else n_steps // 3
+            callbacks.append(PlaceMixtureComponents(epoch=max_epochs // 3, step=step))
         with frozen(self.module, freeze), self._history_kept():
             # loading leaves a module in evaluation mode, and Lightning trains in the mode that it finds
             self.module.train()
@@ -136,11 +143,13 @@ class TrainingMixin:
                 **{"gradient_clip_val": 1.0, **trainer_kwargs},
             )()
 
-    def _plan_defaults(self, max_epochs: int, freeze: Freeze | None) -> dict[str, Any]:
+    def _plan_defaults(self, max_epochs: int, freeze: Freeze | None, n_steps: int | None = None) -> dict[str, Any]:
         """Arguments of the training plan that depend on what is trained."""
         defaults: dict[str, Any] = {}
-        if not self.is_trained_:  # type: ignore[attr-defined]
+        if not self.is_trained_ and n_steps is None:  # type: ignore[attr-defined]
             defaults["n_epochs_kl_warmup"] = max(1, max_epochs // 3)
+        elif not self.is_trained_:  # type: ignore[attr-defined]
+            defaults["n_steps_kl_warmup"] = max(1, n_steps // 3)  # type: ignore[operator]
         if freeze == "reference":
             defaults["lr"] = CODES_LR
         elif isinstance(self.module, PublishedModule):
