@@ -111,10 +111,10 @@ def main(args: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(prog="cellplm", description="Pre-training and embedding of cells, from disk.")
     commands = parser.add_subcommands(required=True, dest="command")
     corpus = ArgumentParser(description="Build or describe a corpus on disk.")
+    commands.add_subcommand("corpus", corpus)
     actions = corpus.add_subcommands(required=True, dest="action")
     for function in (build, info):
         actions.add_subcommand(function.__name__, _parser(ArgumentParser, function, as_positional=True))
-    commands.add_subcommand("corpus", corpus)
     commands.add_subcommand("pretrain", _parser(ArgumentParser, pretrain, skip={"callbacks"}))
     commands.add_subcommand("embed", _parser(ArgumentParser, embed, as_positional=True))
     if len(given) > 1 and given[0] == "pretrain" and not given[1].startswith("-"):

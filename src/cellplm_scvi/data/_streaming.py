@@ -88,6 +88,7 @@ class CorpusDataModule(pl.LightningDataModule):
         if self.train_samples.size == 0:
             raise ValueError("Every sample of the corpus is held out; none is left to train on.")
         self._cells: CorpusCells | None = None
+        self._resumed: dict[str, int] | None = None
         self.max_context = 8192
 
     def _held_out(self, validation: float | Sequence[str]) -> np.ndarray:
@@ -149,7 +150,11 @@ class CorpusDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> CorpusLoader:
         """Training samples or their slices, packed at random."""
-        return CorpusLoader(TrainingStream(self.cells, self.plan(), _rank()[0]), self.num_workers)
+        loader = CorpusLoader(TrainingStream(self.cells, self.plan(), _rank()[0]), self.num_workers)
+        if self._resumed is not None:
+            loader.load_state_dict(self._resumed)
+            self._resumed = None
+        return loader
 
     def val_dataloader(self) -> CorpusLoader | None:
         """Held-out samples, whole."""
@@ -172,9 +177,12 @@ class CorpusDataModule(pl.LightningDataModule):
         return InferenceLoader(self, chosen, batch_size)
 
     def state_dict(self) -> dict[str, Any]:
-        """What has to be the same for training to go on from a checkpoint."""
+        """What has to be the same for training to go on from a checkpoint, and its place in the epoch."""
         plan = self.plan()
+        loader = getattr(self.trainer, "train_dataloader", None)
         return {
+            # Lightning has it too, but loses it when a schedule asks for the number of steps before it is restored
+            "place": loader.state_dict() if isinstance(loader, CorpusLoader) else None,
             "n_cells": self.corpus.n_cells,
             "seed": self.seed,
             "batch_size": self.batch_size,
@@ -184,8 +192,9 @@ class CorpusDataModule(pl.LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raise unless the checkpoint is of the same corpus and the same minibatches."""
-        now = self.state_dict()
+        """Go on from a checkpoint; raise unless it is of the same corpus and the same minibatches."""
+        now = {key: value for key, value in self.state_dict().items() if key != "place"}
+        self._resumed = state_dict.get("place")
         differ = [f"{key} was {state_dict.get(key)}, is {now[key]}" for key in now if state_dict.get(key) != now[key]]
         if differ:
             raise ValueError(f"The checkpoint is of a run with other minibatches: {'; '.join(differ)[:500]}.")
