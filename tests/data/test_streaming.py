@@ -23,9 +23,11 @@ KEYS: dict[str, Any] = {
 TINY = {"n_hidden": 16, "n_layers": 1, "n_heads": 2, "n_latent": 4, "n_components": 3, "n_neighbours": 6, "n_niche": 4}
 
 
-def plan_of(sizes: list[int], *, context: int = 20, batch: int = 50, seed: int = 0, n_ranks: int = 1) -> EpochPlan:
+def plan_of(
+    sizes: list[int], *, context: int = 20, batch: int = 50, seed: int = 0, n_ranks: int = 1, accumulate: int = 1
+) -> EpochPlan:
     n_cells = np.array(sizes)
-    return EpochPlan(np.cumsum(n_cells) - n_cells, n_cells, context, batch, seed, n_ranks)
+    return EpochPlan(np.cumsum(n_cells) - n_cells, n_cells, context, batch, seed, n_ranks, accumulate)
 
 
 SIZES = st.lists(st.integers(1, 200), min_size=1, max_size=30)
@@ -72,7 +74,7 @@ def test_the_order_is_a_function_of_seed_and_epoch(sizes, n_ranks):
 
 def test_ranks_together_see_what_one_sees():
     sizes = [130, 1, 44, 60, 9, 156]
-    one, two = plan_of(sizes), plan_of(sizes, n_ranks=2)
+    one, two = plan_of(sizes, accumulate=2), plan_of(sizes, n_ranks=2)
     assert one.n_batches == two.n_batches == 8
     shares = [two.minibatches(0, rank) for rank in range(2)]
     taken_in_turn = [batch.rows.tolist() for pair in zip(*shares, strict=True) for batch in pair]

@@ -55,8 +55,9 @@ class EpochPlan:
     neighbourhood of tiles, or a random part of a dissociated sample. Contexts are then dealt out at random to minibatches of
     nearly equal size: every two contexts of the corpus may meet. Every cell is in one minibatch of an epoch.
 
-    The number of minibatches depends on the sizes alone. It is a multiple of ``n_ranks``, which take turns. Only where there
-    are fewer contexts than ranks, the first ones are given out again.
+    The number of minibatches depends on the sizes alone. It is a multiple of ``n_ranks``, which take turns, times
+    ``accumulate``, so that steps are of equal size. Only where there are fewer contexts than that, the first minibatches are
+    given out again.
 
     Parameters
     ----------
@@ -68,6 +69,8 @@ class EpochPlan:
         What is drawn is a function of it and of the epoch.
     n_ranks
         Processes that share the minibatches.
+    accumulate
+        Minibatches of an optimiser step on each rank.
     """
 
     start: np.ndarray
@@ -76,6 +79,7 @@ class EpochPlan:
     batch_size: int
     seed: int
     n_ranks: int = 1
+    accumulate: int = 1
     _made: tuple[int, list[Runs]] | None = field(default=None, repr=False)
 
     @property
@@ -86,8 +90,8 @@ class EpochPlan:
     def n_batches(self) -> int:
         """Minibatches of an epoch, on all ranks together."""
         wanted = -(-int(self.n_cells.sum()) // self.batch_size)
-        even = -(-wanted // self.n_ranks) * self.n_ranks
-        return min(even, self.n_contexts // self.n_ranks * self.n_ranks) or self.n_contexts
+        step = self.n_ranks * self.accumulate
+        return min(-(-wanted // step), self.n_contexts // step) * step or self.n_contexts
 
     def __len__(self) -> int:
         """Minibatches of an epoch on each rank."""

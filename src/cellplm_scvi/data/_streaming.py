@@ -90,6 +90,8 @@ class CorpusDataModule(pl.LightningDataModule):
         self._cells: CorpusCells | None = None
         self._resumed: dict[str, int] | None = None
         self.max_context = 8192
+        #: minibatches of an optimiser step on each rank
+        self.accumulate = 1
 
     def _held_out(self, validation: float | Sequence[str]) -> np.ndarray:
         names, n_samples = self.corpus.samples.index, self.corpus.n_samples
@@ -145,7 +147,12 @@ class CorpusDataModule(pl.LightningDataModule):
             spatial = self._spatial if self._cells is not None else self.corpus.n_dims > 0
             context = self.batch_size if spatial else max(MIN_CONTEXT, self.batch_size // 4)
         return EpochPlan(
-            *self._sizes(self.train_samples), min(context, self.batch_size), self.batch_size, self.seed, _rank()[1]
+            *self._sizes(self.train_samples),
+            context_size=min(context, self.batch_size),
+            batch_size=self.batch_size,
+            seed=self.seed,
+            n_ranks=_rank()[1],
+            accumulate=self.accumulate,
         )
 
     def train_dataloader(self) -> CorpusLoader:
@@ -188,6 +195,7 @@ class CorpusDataModule(pl.LightningDataModule):
             "batch_size": self.batch_size,
             "context_size": plan.context_size,
             "n_ranks": plan.n_ranks,
+            "accumulate": plan.accumulate,
             "validation": self.val_samples.tolist(),
         }
 

@@ -96,6 +96,7 @@ class TrainingMixin:
         )
         if isinstance(data, CorpusDataModule):
             data.serve(self)  # type: ignore[arg-type]
+            data.accumulate = trainer_kwargs.get("accumulate_grad_batches", 1)
             if data.cells.measured is not None:
                 self.module.panels = torch.from_numpy(data.cells.measured).to(self.module.device)
         if max_epochs is None:
