@@ -204,7 +204,7 @@ class Corpus:
         adata = ad.concat(shards) if len(shards) > 1 else shards[0]
         adata.X = sp.csr_matrix(adata.X, dtype=np.float32)
         for column in ("batch", "platform", "dataset", "sample"):
-            adata.obs[column] = adata.obs[column].astype("category")
+            adata.obs[column] = pd.Categorical(np.asarray(adata.obs[column], dtype=object))
         return adata
 
     def starting_point(self) -> StartingPoint:

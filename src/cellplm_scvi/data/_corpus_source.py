@@ -180,19 +180,21 @@ def _backed(source: Source, group: Any) -> ad.AnnData:
         raise KeyError(f'Source "{source.name}": {source.data} has no {where}.')
     x = group[where]
     sparse = x.attrs.get("encoding-type") in ("csr_matrix", "csc_matrix")
-    obsm = {}
+    obsm: dict[str, Any] = {}
     if source.spatial_key is not None and f"obsm/{source.spatial_key}" in group:
         obsm[source.spatial_key] = np.asarray(ad.io.read_elem(group[f"obsm/{source.spatial_key}"]))
-    varm = {}
+    varm: dict[str, Any] = {}
     if source.measured_genes_key is not None and f"varm/{source.measured_genes_key}" in group:
         varm[source.measured_genes_key] = ad.io.read_elem(group[f"varm/{source.measured_genes_key}"])
     counts = ad.io.sparse_dataset(x) if sparse else x
+    obs: Any = ad.io.read_elem(group["obs"])
+    var: Any = ad.io.read_elem(group["var"])
     layers = {} if source.layer is None else {source.layer: counts}
     return ad.AnnData(
         X=counts if source.layer is None else None,
         layers=layers,
-        obs=ad.io.read_elem(group["obs"]),
-        var=ad.io.read_elem(group["var"]),
+        obs=obs,
+        var=var,
         obsm=obsm,
         varm=varm,
     )
@@ -202,7 +204,7 @@ def _cells(source: Source, adata: ad.AnnData) -> Cells:
     check_names(adata)
     if source.layer is not None and source.layer not in adata.layers:
         raise KeyError(f'layer="{source.layer}" is not a layer of it.')
-    counts = adata.X if source.layer is None else adata.layers[source.layer]
+    counts: Any = adata.X if source.layer is None else adata.layers[source.layer]
     if counts is None:
         raise ValueError("X is None. Pass the layer that holds the counts with `layer=`.")
     if isinstance(counts, CSCDataset):
@@ -217,7 +219,7 @@ def _cells(source: Source, adata: ad.AnnData) -> Cells:
     size_factor = None
     if source.size_factor_key is not None:
         SizeFactorField("size_factor", source.size_factor_key).validate_field(adata)
-        size_factor = adata.obs[source.size_factor_key].to_numpy(dtype=np.float32)
+        size_factor = np.asarray(adata.obs[source.size_factor_key], dtype=np.float32)
     measured = None
     if source.measured_genes_key is not None and source.measured_genes_key in adata.varm:
         if source.dataset_key is None:
@@ -229,7 +231,7 @@ def _cells(source: Source, adata: ad.AnnData) -> Cells:
 
 
 def _columns(source: Source, adata: ad.AnnData) -> pd.DataFrame:
-    def column(name: str, default: Any) -> pd.Categorical:
+    def column(name: str, default: Any) -> Any:
         key = getattr(source, f"{name}_key")
         if key is None:
             return default if isinstance(default, pd.Categorical) else pd.Categorical([default] * adata.n_obs)

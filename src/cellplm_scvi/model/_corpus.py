@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
 from cellplm_scvi.data._streaming import CorpusDataModule
 
@@ -11,7 +11,7 @@ class CorpusMixin:
     """Loads models that were trained on a corpus."""
 
     @classmethod
-    def load(cls, dir_path: str, adata: Any = None, *args: Any, datamodule: Any = None, **kwargs: Any) -> Self:
+    def load(cls, dir_path: Any, adata: Any = None, *args: Any, datamodule: Any = None, **kwargs: Any) -> Any:
         """Load a model that :meth:`save` wrote; arguments as in scvi-tools.
 
         A model that was trained on a corpus has no AnnData: load it with ``datamodule=`` or ``adata=False``.
