@@ -119,7 +119,9 @@ def picture(file: Path) -> None:
     for start, colour in (("random", "grey"), ("pre-trained", "C0")):
         for row in rows:
             if row["start"] == start and row["epochs"] == longest:
-                axes.plot(np.arange(1, longest + 1), row["losses"], color=colour, label=start if row["seed"] == 0 else None)
+                axes.plot(
+                    np.arange(1, longest + 1), row["losses"], color=colour, label=start if row["seed"] == 0 else None
+                )
     axes.set(xlabel="epoch of fine-tuning", ylabel="validation NB loss", xscale="log")
     axes.legend(frameon=False)
     figure.savefig(file, dpi=150)
@@ -142,7 +144,9 @@ def main() -> None:
         rows = ResultFile(RESULTS, ["start"]).rows()
         for row in rows:
             row["loss"] = row["losses"][-1] if row["losses"] else float("nan")
-        print(markdown_table(rows, ["start", "epochs"], {"loss": ("validation NB loss", 1), "total": ("scib total", 3)}))
+        print(
+            markdown_table(rows, ["start", "epochs"], {"loss": ("validation NB loss", 1), "total": ("scib total", 3)})
+        )
     else:
         run(args)
 

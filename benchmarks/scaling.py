@@ -73,11 +73,15 @@ def predict(n_cells: float, epochs: int, n_devices: int, device: str, batch_size
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cells-a-core", type=float, default=13_800, help="measured by streaming.py, for its core count")
+    parser.add_argument(
+        "--cells-a-core", type=float, default=13_800, help="measured by streaming.py, for its core count"
+    )
     args = parser.parse_args()
     rng = np.random.default_rng(0)
     sizes = published_sizes(rng)
-    print(f"{sizes.sum():,} cells, {sizes.size:,} samples of {sizes.min()} to {sizes.max():,}, median {np.median(sizes):,.0f}\n")
+    print(
+        f"{sizes.sum():,} cells, {sizes.size:,} samples of {sizes.min()} to {sizes.max():,}, median {np.median(sizes):,.0f}\n"
+    )
     print("| ranks | cells of a minibatch | context | steps | contexts a minibatch | idle share | every cell once |")
     print("|---|---|---|---|---|---|---|")
     for n_ranks, context in ((8, 500), (64, 500), (64, 1_000), (64, 2_000)):

@@ -16,8 +16,9 @@ import scipy.sparse as sp
 from tqdm.auto import tqdm
 
 from cellplm_scvi.genes import map_genes
+from cellplm_scvi.genes._tables import Organism
 
-from ._checks import some
+from ._checks import CHUNK_ROWS, some
 from ._corpus import (
     CELLS_FOLDER,
     COUNTS_STORE,
@@ -269,11 +270,7 @@ class _Writer:
             cells = self._cells(n)
             order = np.load(self.path / WORK / f"order_{n}.npy", mmap_mode="r")
             rows = np.array(order[low - self.starts[n] : high - self.starts[n]])
-            columns = match_genes(self.genes, cells.genes, source.organism).columns
-            given = cells.rows(rows)
-            counts = mapped_counts(
-                given, rows, cells, columns, measured_genes(cells, columns, len(self.genes)), len(self.genes)
-            )
+            counts, library = self._counts(cells, rows, source.organism)
             record = np.zeros(rows.shape[0], dtype=cell_dtype(self.manifest["n_dims"]))
             record["source_row"] = rows
             record["sample"] = np.searchsorted(self.sample_starts, np.arange(low, high), side="right") - 1
@@ -285,11 +282,23 @@ class _Writer:
                 )
                 record[level] = np.append(places, -1)[cells.obs[level].cat.codes.to_numpy()[rows]]
             record["total"] = counts.sum(1, dtype=np.float32).A1
-            library = given.sum(1, dtype=np.float32).A1 if cells.size_factor is None else cells.size_factor[rows]
-            record["library"] = library
+            record["library"] = library if cells.size_factor is None else cells.size_factor[rows]
             if self.manifest["n_dims"]:
                 record["position"] = np.nan if cells.coordinates is None else cells.coordinates[rows]
             yield counts, record, cells.obs.index.to_numpy()[rows]
+
+    def _counts(self, cells: Cells, rows: np.ndarray, organism: Organism) -> tuple[sp.csr_matrix, np.ndarray]:
+        """Counts of rows of a source in the vocabulary, as narrow as they are stored, and the totals over all genes."""
+        columns = match_genes(self.genes, cells.genes, organism).columns
+        measured = measured_genes(cells, columns, len(self.genes))
+        ascending = np.argsort(rows)
+        parts, totals = [], []
+        for near, given in cells.chunks(rows[ascending]):
+            counts = mapped_counts(given, near, cells, columns, measured, len(self.genes))
+            parts.append(counts.astype(self.manifest["dtype"]))
+            totals.append(given.sum(1, dtype=np.float32).A1)
+        places = np.argsort(ascending)
+        return sp.vstack(parts, format="csr")[places], np.concatenate(totals)[places]
 
 
 def _write_shard(
@@ -303,7 +312,7 @@ def _write_shard(
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     adata = ad.AnnData(
-        counts.astype(manifest["dtype"]),
+        counts,
         obs=_obs(cells, names, manifest),
         var=pd.DataFrame(index=pd.Index(manifest["genes"])),
         uns=_batch_totals(counts, cells["batch"]),
@@ -349,8 +358,14 @@ def _obs(cells: np.ndarray, index: pd.Index, manifest: dict[str, Any]) -> pd.Dat
 def _batch_totals(counts: sp.csr_matrix, batch: np.ndarray) -> dict[str, Any]:
     """Counts of each gene in each batch of a shard, from which a model starts."""
     used, place = np.unique(batch, return_inverse=True)
-    member = sp.csr_matrix((np.ones(batch.shape[0]), (place, np.arange(batch.shape[0]))))
-    return {"batch": used, "batch_totals": sp.csr_matrix(member @ counts.astype(np.float64))}
+    totals = sp.csr_matrix((used.shape[0], counts.shape[1]), dtype=np.float64)
+    for start in range(0, batch.shape[0], CHUNK_ROWS):
+        part = place[start : start + CHUNK_ROWS]
+        member = sp.csr_matrix(
+            (np.ones(part.shape[0]), (part, np.arange(part.shape[0]))), (used.shape[0], part.shape[0])
+        )
+        totals += member @ counts[start : start + CHUNK_ROWS]
+    return {"batch": used, "batch_totals": totals}
 
 
 def _finish(path: Path) -> None:

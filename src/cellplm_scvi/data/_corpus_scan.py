@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from ._checks import CHUNK_ROWS, check_counts, some, warn
+from ._checks import check_counts, some, warn
 from ._contexts import content_keys, located, rows_by_sample, tiles
 from ._corpus_source import Cells, Source, opened
 from ._vocabulary import match_genes
@@ -63,9 +63,7 @@ def scan_source(source: Source, genes: pd.Index, order_file: Path) -> Scan:
         measured = measured_genes(cells, columns, len(genes))
         keys = np.empty(cells.n_cells, dtype=np.uint64)
         largest, n_empty, n_counts, n_kept = 0.0, 0, 0.0, 0.0
-        for start in range(0, cells.n_cells, CHUNK_ROWS):
-            rows = np.arange(start, min(start + CHUNK_ROWS, cells.n_cells))
-            given = cells.rows(rows)
+        for rows, given in cells.chunks(np.arange(cells.n_cells)):
             check_counts(given, source.layer or "X")
             counts = mapped_counts(given, rows, cells, columns, measured, len(genes))
             keys[rows] = content_keys(counts)

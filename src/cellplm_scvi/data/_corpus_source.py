@@ -120,24 +120,15 @@ class Cells:
     def n_cells(self) -> int:
         return len(self.obs)
 
-    def rows(self, rows: np.ndarray) -> sp.csr_matrix:
-        """Counts of the rows asked for, in their order."""
-        if sp.issparse(self.counts) or isinstance(self.counts, np.ndarray):
-            part = sp.csr_matrix(self.counts[rows])
-        else:
-            part = self._from_disk(rows)
-        part.sum_duplicates()
-        return part
-
-    def _from_disk(self, rows: np.ndarray) -> sp.csr_matrix:
-        """Read rows that lie close together at once: one by one, anndata reads a thousand times slower."""
-        unique, inverse = np.unique(rows, return_inverse=True)
-        parts = []
-        for run in np.split(unique, np.flatnonzero(np.diff(unique) > MAX_GAP) + 1):
+    def chunks(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, sp.csr_matrix]]:
+        """Counts of ascending rows, a few thousand at a time, each with its rows."""
+        for run in np.split(rows, np.flatnonzero(np.diff(rows) > MAX_GAP) + 1):
             for start in range(0, run.shape[0], CHUNK_ROWS):
                 near = run[start : start + CHUNK_ROWS]
-                parts.append(sp.csr_matrix(self.counts[near[0] : near[-1] + 1])[near - near[0]])
-        return sp.vstack(parts, format="csr")[inverse]
+                # rows on disk that lie close together are read at once: one by one, it takes a thousand times as long
+                part = sp.csr_matrix(self.counts[near[0] : near[-1] + 1])[near - near[0]]
+                part.sum_duplicates()
+                yield near, part
 
 
 @contextmanager
