@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -175,3 +177,28 @@ def clone(tmp_path: Any) -> Callable[..., CellPLM]:
         return CellPLM.load(str(folder), adata=model.adata.copy() if adata is None else adata, accelerator="cpu")
 
     return copy
+
+
+@pytest.fixture
+def killed_at_random() -> Callable[..., int]:
+    """Runs something in a process that is killed (signal 9) at random moments, then to its end; counts the kills."""
+
+    def run(function: Callable[[], Any], n_kills: int, longest: float, seed: int = 0) -> int:
+        rng = np.random.default_rng(seed)
+        context = multiprocessing.get_context("fork")
+        n_killed = 0
+        for n in range(n_kills + 1):
+            process = context.Process(target=function)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # the other threads of this process only wait
+                process.start()
+            process.join(rng.uniform(0.02, longest) if n < n_kills else 300)
+            if process.is_alive():
+                process.kill()
+                process.join()
+                n_killed += 1
+            if n == n_kills:
+                assert process.exitcode == 0
+        return n_killed
+
+    return run

@@ -13,6 +13,7 @@ from scvi.model._utils import parse_device_args, use_distributed_sampler
 from scvi.model._utils import scrna_raw_counts_properties as raw_count_statistics
 from scvi.model.base._de_core import _de_core as compare_groups
 from scvi.module.base._decorators import _move_data_to_device as move_to_device
+from scvi.train._logger import SimpleLogger
 from scvi.utils._docstrings import devices_dsp, setup_anndata_dsp
 
 # torch says at the first use in a process that its CSR layout is in beta; the two operations used here are tested.
@@ -25,6 +26,7 @@ __all__ = [
     "AnnOrMuData",
     "CSCDataset",
     "CSRDataset",
+    "SimpleLogger",
     "batch_codes",
     "compare_groups",
     "copy_if_view",

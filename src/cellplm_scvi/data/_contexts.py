@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 from scipy.spatial import cKDTree
 
 from ._checks import CHUNK_ROWS
@@ -169,20 +170,23 @@ def slices(
 
 
 def content_order(table: CellTable, rows: np.ndarray) -> np.ndarray:
-    """An order of cells that depends on their counts (then on their names) alone, not on their rows.
-
-    The key of a cell is the sum over its counts of a pseudo-random integer for each gene, modulo 2^64.
-    """
-    rng = np.random.default_rng(0)
-    code = rng.integers(1, 2**63, size=table.counts.n_genes, dtype=np.uint64)
-    keys = np.zeros(rows.shape[0], dtype=np.uint64)
-    for start in range(0, rows.shape[0], CHUNK_ROWS):
-        part = table.counts[rows[start : start + CHUNK_ROWS]]
-        products = part.data.astype(np.uint64) * code[part.indices]
-        sums = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(products, dtype=np.uint64)])
-        keys[start : start + part.shape[0]] = sums[part.indptr[1:]] - sums[part.indptr[:-1]]
+    """An order of cells that depends on their counts (then on their names) alone, not on their rows."""
+    keys = [
+        content_keys(table.counts[rows[start : start + CHUNK_ROWS]]) for start in range(0, rows.shape[0], CHUNK_ROWS)
+    ]
     names = pd.util.hash_array(table.names[rows].astype(object))
-    return np.lexsort((names, keys))
+    return np.lexsort((names, np.concatenate(keys)))
+
+
+def content_keys(counts: sp.csr_matrix) -> np.ndarray:
+    """A pseudo-random number of each cell that its counts alone decide, (n_cells,).
+
+    It is the sum over the cell's counts, (n_cells, n_genes), of a pseudo-random integer for each gene, modulo 2^64.
+    """
+    code = np.random.default_rng(0).integers(1, 2**63, size=counts.shape[1], dtype=np.uint64)
+    products = counts.data.astype(np.uint64) * code[counts.indices]
+    sums = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(products, dtype=np.uint64)])
+    return sums[counts.indptr[1:]] - sums[counts.indptr[:-1]]
 
 
 def whole_contexts(

@@ -12,12 +12,14 @@ from scvi.model.base import BaseModelClass
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import SCVI_UUID_KEY, AnnOrMuData, copy_if_view, setup_anndata_dsp
 from cellplm_scvi.data._checks import check_library, check_sizes, some, warn
+from cellplm_scvi.data._corpus import CorpusRegistry, StartingPoint
 from cellplm_scvi.data._fields import make_fields
 from cellplm_scvi.data._loader import SpatialInputs
 from cellplm_scvi.data._table import CellTable
 from cellplm_scvi.module import CellPLMModule
 from cellplm_scvi.nn import Encoder, GeneMasking, Latent, Position
 
+from ._corpus import CorpusMixin
 from ._defaults import default_hidden, default_latent, default_layers
 from ._denoising import DenoisingMixin
 from ._embedding import EmbeddingMixin
@@ -44,6 +46,7 @@ class CellPLM(
     HubMixin,
     QueryMixin,
     ExtensionMixin,
+    CorpusMixin,
     BaseModelClass,
 ):
     """Cell language model: a transformer whose tokens are cells and whose sentences are tissue samples (Wen et al. 2024).
@@ -95,7 +98,7 @@ class CellPLM(
     extension
         What was added to a trained model, which :meth:`from_pretrained` and :meth:`load_query_data` set.
     registry
-        Registry of an AnnData set-up, instead of ``adata``.
+        Registry of an AnnData set-up, or of a :class:`~cellplm_scvi.data.Corpus`, instead of ``adata``.
 
     Examples
     --------
@@ -135,6 +138,8 @@ class CellPLM(
         super().__init__(adata, registry)
         if adata is not None:
             self.adata_manager.validate()  # the AnnData may hold the codes of another set-up
+        elif isinstance(registry, CorpusRegistry):
+            self.registry_ = dict(registry)  # a saved model does not depend on where the corpus is
         self._extension = Extension.from_dict(extension)
         if published is not None:
             self._build_published(published, max_context)
@@ -154,9 +159,11 @@ class CellPLM(
         sizes |= {"n_neighbours": n_neighbours} | ({"n_niche": n_niche} if n_niche else {})
         check_sizes(**sizes)
         categories = self._reference_sizes()
-        target_sum, gene_shares, fold_changes, panels = (
-            self._from_counts() if adata is not None else (1e4, None, None, None)
-        )
+        target_sum, gene_shares, fold_changes, panels = 1e4, None, None, None
+        if adata is not None:
+            target_sum, gene_shares, fold_changes, panels = self._from_counts()
+        elif isinstance(registry, CorpusRegistry):
+            target_sum, gene_shares, fold_changes, panels = from_statistics(registry.corpus.starting_point())
         if fold_changes is not None and len(fold_changes) != categories[c.BATCH_KEY]:
             fold_changes = None  # a saved model that meets other batches, and whose weights are loaded in a moment
         n_dims = states[c.COORDINATES_KEY]["n_dims"] if c.COORDINATES_KEY in states else 0
@@ -208,15 +215,14 @@ class CellPLM(
         check_totals(table)
         library = table.totals if table.size_factor is None else table.size_factor
         by_batch = table.gene_totals(c.BATCH_KEY)
-        shares = smoothed_shares(by_batch.sum(0))
-        fold_changes = np.log(smoothed_shares(by_batch) / shares)
-        # Of the library, these genes may hold a part only.
-        shares = shares * min(1.0, table.totals.sum() / library.sum(dtype=np.float64))
-        return (
-            float(np.median(library[table.totals > 0])),
-            torch.from_numpy(shares).float(),
-            torch.from_numpy(fold_changes).float(),
-            None if table.measured is None else torch.from_numpy(table.measured),
+        return from_statistics(
+            StartingPoint(
+                target_sum=float(np.median(library[table.totals > 0])),
+                gene_totals=by_batch.sum(0),
+                batch_totals=by_batch,
+                library=min(1.0, table.totals.sum() / library.sum(dtype=np.float64)),
+                panels=table.measured,
+            )
         )
 
     @property
@@ -362,6 +368,23 @@ class CellPLM(
         manager = AnnDataManager(fields=fields, setup_method_args=setup_method_args)
         manager.register_fields(adata, **kwargs)
         cls.register_manager(manager)
+
+
+def from_statistics(
+    start: StartingPoint,
+) -> tuple[float, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Median library size, share of each gene in all counts, log fold changes of each batch from them, gene panels."""
+    shares = smoothed_shares(start.gene_totals)
+    fold_changes = None
+    if start.batch_totals is not None:
+        fold_changes = torch.from_numpy(np.log(smoothed_shares(start.batch_totals) / shares)).float()
+    return (
+        start.target_sum,
+        # of the library, these genes may hold a part only
+        torch.from_numpy(shares * start.library).float(),
+        fold_changes,
+        None if start.panels is None else torch.from_numpy(start.panels),
+    )
 
 
 def check_words(**words: str) -> None:

@@ -14,6 +14,7 @@ from scvi import settings
 from cellplm_scvi._compat import AnnOrMuData
 from cellplm_scvi.data._checks import warn
 from cellplm_scvi.data._loader import CellDataset, CellLoader, RowSampler, SpatialInputs, whole_sample_loader
+from cellplm_scvi.data._streaming import InferenceLoader
 from cellplm_scvi.data._table import CellTable
 from cellplm_scvi.nn import MixtureLatent
 from cellplm_scvi.nn.published import PublishedMixture
@@ -184,7 +185,8 @@ class EmbeddingMixin:
         return_dist
             Return mean and variance of q(z|h).
         dataloader
-            Minibatches to embed instead of ``adata``; rows are returned in its order.
+            Minibatches to embed instead of ``adata``; rows are returned in its order, and those of a corpus
+            (:meth:`~cellplm_scvi.data.CorpusDataModule.inference_dataloader`) in its order of cells.
         precision
             ``"bf16-mixed"`` computes the encoder's products in bfloat16, which is faster on a GPU and moves an embedding
             by less than a hundredth of its standard deviation (root mean square).
@@ -217,9 +219,22 @@ class EmbeddingMixin:
 
     def _moments_of(self, dataloader: Iterable[Minibatch], precision: Precision) -> Moments:
         self.module.eval()
+        rows = []
+
+        def minibatches() -> Iterator[Minibatch]:
+            if not isinstance(dataloader, InferenceLoader):
+                yield from dataloader
+                return
+            for found, tensors in dataloader.serve(self).numbered():  # type: ignore[arg-type]
+                rows.append(found)
+                yield tensors
+
         with fixed_draws(), self._autocast(precision):
-            outputs = [self.module.inference(tensors) for tensors in dataloader]
+            outputs = [self.module.inference(tensors) for tensors in minibatches()]
         mean, variance = (torch.cat([o[key].float().cpu() for o in outputs]).numpy() for key in ("qzm", "qzv"))
+        if rows:
+            order = np.argsort(np.concatenate(rows))
+            return mean[order], variance[order]
         return mean, variance
 
     def get_mixture_probabilities(

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from scvi.train import TrainRunner
 
 from cellplm_scvi._compat import devices_dsp, use_distributed_sampler
 from cellplm_scvi.data._checks import some, warn
 from cellplm_scvi.data._splitter import SampleSplitter
+from cellplm_scvi.data._streaming import CorpusDataModule
 from cellplm_scvi.module import PublishedModule
 from cellplm_scvi.nn import MixtureLatent
 from cellplm_scvi.train import CellPLMTrainingPlan, Freeze, PlaceMixtureComponents, frozen
@@ -78,7 +80,8 @@ class TrainingMixin:
         plan_kwargs
             Of :class:`~cellplm_scvi.train.CellPLMTrainingPlan`: ``lr``, ``layer_decay``, ``n_epochs_kl_warmup`` and so on.
         datamodule
-            Minibatches from elsewhere instead of the model's AnnData; ``max_epochs`` is then needed.
+            Minibatches from elsewhere instead of the model's AnnData, such as those of a corpus on disk
+            (:class:`~cellplm_scvi.data.CorpusDataModule`); ``max_epochs`` is then needed.
         freeze
             What stays as it is, to the bit: ``"embedder"`` (gene embedder and position code), ``"encoder"`` (these and the
             layers of the encoder), ``"backbone"`` (everything but the decoder's contributions of categories and its output
@@ -91,6 +94,11 @@ class TrainingMixin:
         data = datamodule or self._splitter(
             train_size, validation_size, shuffle_set_split, batch_size, datasplitter_kwargs
         )
+        if isinstance(data, CorpusDataModule):
+            data.serve(self)  # type: ignore[arg-type]
+            data.accumulate = trainer_kwargs.get("accumulate_grad_batches", 1)
+            if data.cells.measured is not None:
+                self.module.panels = torch.from_numpy(data.cells.measured).to(self.module.device)
         if max_epochs is None:
             if not isinstance(data, SampleSplitter):
                 raise ValueError("Pass max_epochs together with datamodule.")
@@ -104,10 +112,17 @@ class TrainingMixin:
                 'these train with the mean one. from_pretrained(..., new_categories="add") or load_query_data add them.'
             )
         freeze = self._default_freeze if freeze == "auto" else freeze  # type: ignore[attr-defined]
-        plan_kwargs = self._plan_defaults(max_epochs, freeze) | (plan_kwargs or {})
+        # of a corpus there may be few epochs: what happens in between them happens at steps
+        n_steps = None
+        if isinstance(data, CorpusDataModule):
+            n_steps = max_epochs * data.n_batches // trainer_kwargs.get("accumulate_grad_batches", 1)
+            if 0 < (limit := trainer_kwargs.get("max_steps", -1)) < n_steps:
+                n_steps = limit
+        plan_kwargs = self._plan_defaults(max_epochs, freeze, n_steps) | (plan_kwargs or {})
         callbacks = list(trainer_kwargs.pop("callbacks", None) or [])
         if isinstance(self.module.latent, MixtureLatent) and not self.is_trained_:  # type: ignore[attr-defined]
-            callbacks.append(PlaceMixtureComponents(epoch=max_epochs // 3))
+            step = None if n_steps is None else n_steps // 3
+            callbacks.append(PlaceMixtureComponents(epoch=max_epochs // 3, step=step))
         with frozen(self.module, freeze), self._history_kept():
             # loading leaves a module in evaluation mode, and Lightning trains in the mode that it finds
             self.module.train()
@@ -123,17 +138,19 @@ class TrainingMixin:
                 # the samplers share their minibatches out among ranks themselves
                 **(
                     {"use_distributed_sampler": False}
-                    if use_distributed_sampler(trainer_kwargs.get("strategy"))
+                    if use_distributed_sampler(trainer_kwargs.get("strategy")) or isinstance(data, CorpusDataModule)
                     else {}
                 ),
                 **{"gradient_clip_val": 1.0, **trainer_kwargs},
             )()
 
-    def _plan_defaults(self, max_epochs: int, freeze: Freeze | None) -> dict[str, Any]:
+    def _plan_defaults(self, max_epochs: int, freeze: Freeze | None, n_steps: int | None = None) -> dict[str, Any]:
         """Arguments of the training plan that depend on what is trained."""
         defaults: dict[str, Any] = {}
-        if not self.is_trained_:  # type: ignore[attr-defined]
+        if not self.is_trained_ and n_steps is None:  # type: ignore[attr-defined]
             defaults["n_epochs_kl_warmup"] = max(1, max_epochs // 3)
+        elif not self.is_trained_:  # type: ignore[attr-defined]
+            defaults["n_steps_kl_warmup"] = max(1, n_steps // 3)  # type: ignore[operator]
         if freeze == "reference":
             defaults["lr"] = CODES_LR
         elif isinstance(self.module, PublishedModule):

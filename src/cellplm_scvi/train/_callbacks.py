@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class PlaceMixtureComponents(Callback):
     """Places the components of the mixture prior on the data once the embedding has taken shape.
 
-    Until then they lie together near the standard normal prior. At the start of ``epoch``, k-means on the posterior means
-    of training cells gives their means, variances and weights.
+    Until then they lie together near the standard normal prior. At the start of ``epoch`` (or of ``step``), k-means on the
+    posterior means of training cells gives their means, variances and weights.
 
     Parameters
     ----------
@@ -28,17 +28,30 @@ class PlaceMixtureComponents(Callback):
         When to do it.
     max_cells
         Number of training cells at which to stop collecting.
+    step
+        Optimiser step before which to do it, instead of ``epoch``: of many cells there are few epochs.
     """
 
-    def __init__(self, epoch: int, max_cells: int = 20_000):
+    def __init__(self, epoch: int | None = None, max_cells: int = 20_000, step: int | None = None):
         self.epoch = epoch
         self.max_cells = max_cells
+        self.step = step
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Place the components at the chosen epoch."""
+        if self.step is None and trainer.current_epoch == self.epoch:
+            self.place(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Place the components before the chosen step."""
+        if trainer.global_step == self.step and batch_idx % trainer.accumulate_grad_batches == 0:
+            self.place(trainer, pl_module)
+
+    def place(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Place the components now."""
         module: CellPLMModule = pl_module.module  # type: ignore[assignment]
         latent = module.latent
-        if trainer.current_epoch != self.epoch or not isinstance(latent, MixtureLatent):
+        if not isinstance(latent, MixtureLatent):
             return
         # Every rank sees its own share of the cells; the first one decides.
         place_components(latent, *self._embed(trainer, module))

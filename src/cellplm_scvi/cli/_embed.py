@@ -1,0 +1,215 @@
+"""Embeds a corpus, or a file of any size, from disk to disk; a killed run goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from cellplm_scvi import _constants as c
+from cellplm_scvi.data._corpus import MANIFEST, Corpus
+from cellplm_scvi.data._corpus_build import build_corpus
+from cellplm_scvi.data._corpus_source import Source
+from cellplm_scvi.data._streaming import CorpusDataModule
+from cellplm_scvi.genes._tables import Organism
+from cellplm_scvi.model import CellPLM
+from cellplm_scvi.model._defaults import default_inference_batch_size
+from cellplm_scvi.model._embedding import fixed_draws
+
+#: seconds between two notes of how far it is
+NOTE_EVERY = 1.0
+#: cells of a chunk of the result
+CHUNK = 16_384
+
+
+@torch.inference_mode()
+def embed(
+    model: str | Path | CellPLM,
+    source: str | Path | Corpus,
+    out: str | Path,
+    *,
+    layer: str | None = None,
+    sample_key: str | None = None,
+    spatial_key: str | None = None,
+    size_factor_key: str | None = None,
+    organism: Organism = "human",
+    batch_size: int | None = None,
+    accelerator: str = "auto",
+    device: int | str = "auto",
+    num_workers: int = 0,
+    progress: bool = True,
+) -> Path:
+    """Embed every cell of a corpus or of a file, in the company of its sample.
+
+    Memory does not grow with the number of cells. Call it again in the same way to go on after a kill.
+
+    Parameters
+    ----------
+    model
+        Folder of a pre-trained model, or whatever CellPLM.from_pretrained takes.
+    source
+        Folder of a corpus; or an .h5ad file or .zarr folder, of which a temporary corpus is made first, beside the result.
+    out
+        Folder to write, in AnnData's zarr format: X is the embedding, (n_cells, n_latent), with the names of the cells in
+        obs. Cells are in the order of the source. It is there once it is complete.
+    layer
+        Of the file: layer that holds the counts.
+    sample_key
+        Of the file: column of obs with the sample of each cell.
+    spatial_key
+        Of the file: key of obsm with coordinates.
+    size_factor_key
+        Of the file: column of obs with the library size over all genes.
+    organism
+        Of the file: whose genes it names, "human" or "mouse".
+    batch_size
+        Cells that the encoder takes at once.
+    accelerator
+        Of Lightning.
+    device
+        Of Lightning.
+    num_workers
+        Processes that read ahead.
+    progress
+        Whether to show a bar.
+
+    Returns
+    -------
+    Path of the result.
+    """
+    out = Path(out).expanduser()
+    if out.exists():
+        raise FileExistsError(f"{out} exists. Choose another name, or remove it first.")
+    network = model if isinstance(model, CellPLM) else _loaded(model, accelerator, device)
+    work = out.with_name(f"{out.name}.part")
+    work.mkdir(parents=True, exist_ok=True)
+    given = isinstance(source, Corpus) or (Path(source) / MANIFEST).exists()
+    if given:
+        corpus = source if isinstance(source, Corpus) else Corpus(source)
+    else:
+        genes = list(network.registry_["field_registries"][c.X_KEY]["state_registry"]["column_names"])
+        keys = {"layer": layer, "sample_key": sample_key, "spatial_key": spatial_key}
+        keys |= {"size_factor_key": size_factor_key, "organism": organism}
+        file = Source(source, **keys)  # type: ignore[arg-type]
+        corpus = build_corpus(file, work / "corpus", genes=genes, progress=progress)
+    data = CorpusDataModule(corpus, validation=0.0, num_workers=num_workers)
+    _embed_rows(network, data, work, batch_size, progress, by_source=not given)
+    _write_result(corpus, work, by_source=not given)
+    (work / "out").replace(out)
+    shutil.rmtree(work)
+    return out
+
+
+def _loaded(path: str | Path, accelerator: str, device: int | str) -> CellPLM:
+    return CellPLM.from_pretrained(path, accelerator=accelerator, device=device)
+
+
+def _embed_rows(
+    network: CellPLM, data: CorpusDataModule, work: Path, batch_size: int | None, progress: bool, *, by_source: bool
+) -> None:
+    """Fill ``embedding.npy``, (n_cells, n_latent); ``progress.json`` says how many minibatches are in it."""
+    size = batch_size or default_inference_batch_size(network.module.n_hidden)
+    loader = data.inference_dataloader(batch_size=size).serve(network)
+    units = loader.units()
+    note, file = work / "progress.json", work / "embedding.npy"
+    shape = (data.corpus.n_cells, network.module.latent.mean.out_features)
+    run = {"n_units": len(units), "batch_size": size, "shape": list(shape)}
+    done = 0
+    if note.exists():
+        found = json.loads(note.read_text(encoding="utf-8"))
+        done = found.pop("done") if {k: v for k, v in found.items() if k != "done"} == run else 0
+    if done == 0:
+        np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape).flush()
+    result = np.load(file, mmap_mode="r+")
+    network.module.eval()
+    finished = sum(unit.stop - unit.start for unit in units[:done] if unit.nth == 0)
+    bar = tqdm(total=shape[0], initial=finished, unit="cells", unit_scale=True, disable=not progress, desc="embedding")
+    noted = time.perf_counter()
+    with bar, fixed_draws():
+        for n, (rows, tensors) in enumerate(loader.numbered(units[done:]), start=done + 1):
+            places = data.corpus.cells(rows)["source_row"] if by_source else rows
+            result[places] = network.module.embed(tensors).float().cpu().numpy()
+            bar.update(rows.shape[0])
+            if time.perf_counter() - noted > NOTE_EVERY or n == len(units):
+                result.flush()  # before the note: what is noted is on disk
+                new = work / "progress.json.new"
+                new.write_text(json.dumps(run | {"done": n}), encoding="utf-8")
+                new.replace(note)
+                # a file that is mapped anew does not count as memory of this process
+                result = np.load(file, mmap_mode="r+")
+                noted = time.perf_counter()
+
+
+def _write_result(corpus: Corpus, work: Path, *, by_source: bool) -> None:
+    """The result as AnnData's zarr format, chunk by chunk."""
+    import zarr
+
+    shutil.rmtree(work / "out", ignore_errors=True)
+    embedding = np.load(work / "embedding.npy", mmap_mode="r")
+    n_cells, n_latent = embedding.shape
+    root = zarr.open_group(work / "out", mode="w", attributes=_encoded("anndata", "0.1.0"))
+    x = root.create_array(
+        "X",
+        shape=embedding.shape,
+        chunks=(min(CHUNK, n_cells), n_latent),
+        dtype=np.float32,
+        attributes=_encoded("array", "0.2.0"),
+    )
+    frames = _frames(corpus, by_source)
+    obs = root.create_group("obs", attributes=_frame_attributes(["sample"]))
+    sample = obs.create_group("sample", attributes=_encoded("categorical", "0.2.0") | {"ordered": False})
+    _strings(sample, "categories", np.asarray(corpus.samples.index))
+    names = _strings(obs, "_index", None, n_cells)
+    codes = sample.create_array(
+        "codes", shape=(n_cells,), chunks=x.chunks[:1], dtype=np.int32, attributes=_encoded("array", "0.2.0")
+    )
+    for start in range(0, n_cells, CHUNK):
+        stop = min(start + CHUNK, n_cells)
+        x[start:stop] = embedding[start:stop]
+    for start, frame in frames:
+        names[start : start + len(frame)] = frame["name"].to_numpy(dtype=object)
+        codes[start : start + len(frame)] = frame["sample"].to_numpy(dtype=np.int32)
+    var = root.create_group("var", attributes=_frame_attributes([]))
+    _strings(var, "_index", np.array([f"latent_{n}" for n in range(n_latent)]))
+
+
+def _frames(corpus: Corpus, by_source: bool) -> Iterator[tuple[int, pd.DataFrame]]:
+    """Name and sample code of cells in the order of the result, shard by shard; a file is read at once."""
+
+    def frame(start: int, stop: int) -> pd.DataFrame:
+        cells = corpus.cells(np.arange(start, stop))
+        columns = {"name": corpus.names(start, stop), "sample": cells["sample"], "row": cells["source_row"]}
+        return pd.DataFrame(columns)
+
+    starts = range(0, corpus.n_cells, corpus.shard_size)
+    parts = ((start, frame(start, min(start + corpus.shard_size, corpus.n_cells))) for start in starts)
+    if not by_source:
+        yield from parts
+        return
+    yield 0, pd.concat([part for _, part in parts]).sort_values("row")
+
+
+def _encoded(kind: str, version: str) -> dict[str, Any]:
+    return {"encoding-type": kind, "encoding-version": version}
+
+
+def _frame_attributes(columns: list[str]) -> dict[str, Any]:
+    return _encoded("dataframe", "0.2.0") | {"_index": "_index", "column-order": columns}
+
+
+def _strings(group: Any, name: str, values: np.ndarray | None, n: int | None = None) -> Any:
+    n = len(values) if values is not None else n
+    array = group.create_array(
+        name, shape=(n,), chunks=(min(CHUNK, n or 1),), dtype=str, attributes=_encoded("string-array", "0.2.0")
+    )
+    if values is not None:
+        array[:] = values.astype(object)
+    return array

@@ -1,0 +1,194 @@
+"""Pre-trains a model on a corpus; a killed run goes on where its last checkpoint is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import scvi
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.tensorboard import _TENSORBOARD_AVAILABLE
+from lightning.pytorch.utilities import rank_zero_only
+
+from cellplm_scvi._compat import SimpleLogger
+from cellplm_scvi.data._checks import check_sizes, some
+from cellplm_scvi.data._streaming import CorpusDataModule
+from cellplm_scvi.model import CellPLM
+from cellplm_scvi.train import SaveTrainingState, StepLog
+
+from ._presets import PRESETS
+
+CHECKPOINT, MODEL, CONFIG, LOGS = "last.ckpt", "model", "config.json", "logs"
+
+
+def pretrain(
+    corpus: str | Path,
+    folder: str | Path,
+    *,
+    preset: str = "small",
+    model: dict[str, Any] | None = None,
+    start_from: str | Path | None = None,
+    batch_size: int | None = None,
+    context_size: int | None = None,
+    validation: float | list[str] = 0.02,
+    max_epochs: int = 10,
+    max_steps: int = -1,
+    accumulate: int = 1,
+    lr: float | None = None,
+    plan: dict[str, Any] | None = None,
+    validate_every: int | None = None,
+    checkpoint_every: int = 500,
+    log_every: int = 50,
+    precision: str = "32-true",
+    compile: bool = False,
+    accelerator: str = "auto",
+    devices: int | str = "auto",
+    num_nodes: int = 1,
+    strategy: str = "auto",
+    num_workers: int = 0,
+    seed: int = 0,
+    progress: bool = True,
+    trainer: dict[str, Any] | None = None,
+    callbacks: list[Callback] | None = None,
+) -> CellPLM:
+    """Pre-train a model on a corpus.
+
+    Call it again in the same way to go on after a kill: on a CPU, the weights end up the same to the bit.
+
+    Parameters
+    ----------
+    corpus
+        Folder of the corpus.
+    folder
+        Where checkpoints, logs and at the end the model are written.
+    preset
+        Sizes of the model by a word: "85m" (as published), "medium", "small" or "tiny".
+    model
+        Arguments of CellPLM that replace those of the preset.
+    start_from
+        Folder of a model to train further, instead of a preset.
+    batch_size
+        Cells of a minibatch on each device.
+    context_size
+        Cells that see each other in training.
+    validation
+        Samples that are held out: their share, or their names.
+    max_epochs
+        Passes over the corpus.
+    max_steps
+        Optimiser steps at most; -1 for no limit.
+    accumulate
+        Minibatches of an optimiser step on each device.
+    lr
+        Peak learning rate.
+    plan
+        Further arguments of the training plan, such as weight_decay, warmup and final_lr.
+    validate_every
+        Minibatches between two validations; by default an epoch.
+    checkpoint_every
+        Optimiser steps between two checkpoints.
+    log_every
+        Optimiser steps between two lines of the log.
+    precision
+        Of Lightning, such as "bf16-mixed".
+    compile
+        Whether to compile the layers of the encoder.
+    accelerator
+        Of Lightning.
+    devices
+        Of Lightning.
+    num_nodes
+        Of Lightning.
+    strategy
+        Of Lightning: "ddp" or "fsdp" for several devices.
+    num_workers
+        Processes that read ahead, on each device.
+    seed
+        Of everything that is random.
+    progress
+        Whether to show a bar.
+    trainer
+        Further arguments of the trainer.
+    callbacks
+        Further callbacks.
+
+    Returns
+    -------
+    The model, which is also in the folder "model" there, for CellPLM.from_pretrained.
+    """
+    folder = Path(folder).expanduser()
+    arguments = {name: value for name, value in locals().items() if name not in ("callbacks", "progress")}
+    if preset not in PRESETS:
+        raise ValueError(f'preset="{preset}" is not one of {some(list(PRESETS), len(PRESETS))}.')
+    check_sizes(accumulate=accumulate, checkpoint_every=checkpoint_every, log_every=log_every, max_epochs=max_epochs)
+    scvi.settings.seed = seed
+    run = PRESETS[preset]["run"]
+    data = CorpusDataModule(
+        corpus,
+        batch_size=batch_size or run["batch_size"],
+        context_size=context_size,
+        validation=validation,
+        seed=seed,
+        num_workers=num_workers,
+    )
+    if start_from is None:
+        network = CellPLM(registry=data.registry, **(PRESETS[preset]["model"] | (model or {})))
+    else:
+        network = CellPLM.from_pretrained(start_from, accelerator="cpu")
+    if compile:
+        network.module.encoder.compile(dynamic=True)
+    _write_config(folder, arguments)
+    loggers = _loggers(folder)
+    saving = SaveTrainingState(folder / CHECKPOINT, checkpoint_every)
+    checkpoint = folder / CHECKPOINT
+    network.train(
+        datamodule=data,
+        max_epochs=max_epochs,
+        accelerator=accelerator,
+        devices=devices,  # type: ignore[arg-type]
+        plan_kwargs={"lr": lr or run["lr"], **(plan or {})},
+        max_steps=max_steps,
+        accumulate_grad_batches=accumulate,
+        precision=precision,
+        num_nodes=num_nodes,
+        enable_progress_bar=progress,
+        logger=[SimpleLogger(), *loggers],
+        log_every_n_steps=log_every,
+        callbacks=[saving, StepLog(loggers, log_every), *(callbacks or [])],
+        ckpt_path=str(checkpoint) if checkpoint.exists() else None,
+        **({} if strategy == "auto" else {"strategy": strategy}),
+        # Lightning cannot clip the norm of gradients that are sharded
+        **({"gradient_clip_val": None} if strategy.startswith("fsdp") else {}),
+        **_validation(data, network, validate_every),
+        **(trainer or {}),
+    )
+    saving.save(network.trainer)
+    if network.trainer.is_global_zero:
+        network.save_pretrained(folder / MODEL, overwrite=True)
+    return network
+
+
+def _validation(data: CorpusDataModule, network: CellPLM, every: int | None) -> dict[str, Any]:
+    """Arguments of the trainer that validate after so many minibatches, or by epochs where these are shorter."""
+    if data.val_samples.size == 0:
+        return {}
+    data.serve(network)
+    if every is None or every >= data.n_batches:
+        return {"check_val_every_n_epoch": max(1, round((every or 0) / data.n_batches))}
+    return {"check_val_every_n_epoch": 1, "val_check_interval": every}
+
+
+@rank_zero_only
+def _write_config(folder: Path, arguments: dict[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(json.dumps(arguments, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def _loggers(folder: Path) -> list[Any]:
+    """CSV, and TensorBoard where it is installed; each call writes a version of its own."""
+    loggers: list[Any] = [CSVLogger(folder, LOGS)]
+    if _TENSORBOARD_AVAILABLE:
+        loggers.append(TensorBoardLogger(str(folder), LOGS, version=loggers[0].version))
+    return loggers

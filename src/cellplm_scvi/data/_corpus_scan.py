@@ -1,0 +1,150 @@
+"""A pass over a data set from end to end: checks, what it holds, and the order in which its cells go to disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from ._checks import check_counts, some, warn
+from ._contexts import content_keys, located, rows_by_sample, tiles
+from ._corpus_source import Cells, Source, opened
+from ._vocabulary import match_genes
+
+#: cells of the smallest tiles that a spatial sample is ordered by
+TILE = 64
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a pass over a source found.
+
+    Parameters
+    ----------
+    categories
+        Names of its batches, platforms, data sets.
+    samples
+        Number of cells of each sample, in corpus order.
+    measured
+        Vocabulary genes that each data set measured.
+    largest
+        Largest count.
+    n_dims
+        Of the coordinates; 0 without.
+    n_empty
+        Cells without counts of the vocabulary.
+    n_counts, n_counts_kept
+        Counts in all, and of those in the vocabulary.
+    """
+
+    categories: dict[str, list[str]]
+    samples: dict[str, int]
+    measured: dict[str, np.ndarray]
+    largest: int
+    n_dims: int
+    n_empty: int
+    n_counts: float
+    n_counts_kept: float
+
+
+def scan_source(source: Source, genes: pd.Index, order_file: Path) -> Scan:
+    """Check a source from end to end, and find the order in which its cells go to disk."""
+    with opened(source) as cells:
+        columns = match_genes(genes, cells.genes, source.organism).columns
+        if (columns < 0).all():
+            raise ValueError(
+                f"none of its {len(cells.genes):,} genes (such as {some(cells.genes)}) is in the vocabulary "
+                f"({some(genes)})."
+            )
+        measured = measured_genes(cells, columns, len(genes))
+        keys = np.empty(cells.n_cells, dtype=np.uint64)
+        largest, n_empty, n_counts, n_kept = 0.0, 0, 0.0, 0.0
+        for rows, given in cells.chunks(np.arange(cells.n_cells)):
+            check_counts(given, source.layer or "X")
+            counts = mapped_counts(given, rows, cells, columns, measured, len(genes))
+            keys[rows] = content_keys(counts)
+            largest = max(largest, float(counts.data.max(initial=0)))
+            n_empty += int((np.diff(counts.indptr) == 0).sum())
+            n_counts += float(given.sum(dtype=np.float64))
+            n_kept += float(counts.sum(dtype=np.float64))
+        order, samples = _order(cells, keys)
+        new = order_file.with_name(f"new_{order_file.name}")
+        np.save(new, order)
+        new.replace(order_file)
+        return Scan(
+            {name: list(cells.obs[name].cat.categories) for name in ("batch", "platform", "dataset")},
+            samples,
+            measured,
+            int(largest),
+            0 if cells.coordinates is None else cells.coordinates.shape[1],
+            n_empty,
+            n_counts,
+            n_kept,
+        )
+
+
+def measured_genes(cells: Cells, columns: np.ndarray, n_genes: int) -> dict[str, np.ndarray]:
+    """Vocabulary genes that each data set of a source measured, (n_genes,) each."""
+    found = {}
+    for name in cells.obs["dataset"].cat.categories:
+        given = columns >= 0
+        if cells.measured is not None:
+            given &= cells.measured[name].to_numpy()
+        found[name] = np.zeros(n_genes, dtype=bool)
+        found[name][columns[given]] = True
+    return found
+
+
+def mapped_counts(
+    given: sp.csr_matrix,
+    rows: np.ndarray,
+    cells: Cells,
+    columns: np.ndarray,
+    measured: Mapping[str, np.ndarray],
+    n_genes: int,
+) -> sp.csr_matrix:
+    """Counts of rows of a source, (n, n_given), in the vocabulary, (n, n_genes), without genes that were not measured."""
+    places = columns[given.indices]
+    keep = places >= 0
+    if cells.measured is not None:
+        panels = np.stack([measured[name] for name in cells.obs["dataset"].cat.categories])
+        panel = np.repeat(cells.obs["dataset"].cat.codes.to_numpy()[rows], np.diff(given.indptr))
+        keep &= panels[panel, places]
+    keep &= given.data > 0
+    offsets = np.concatenate([[0], np.cumsum(keep)])[given.indptr]
+    counts = sp.csr_matrix((given.data[keep], places[keep], offsets), shape=(given.shape[0], n_genes))
+    counts.sort_indices()
+    return counts
+
+
+def _order(cells: Cells, keys: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
+    """Rows in corpus order, (n_cells,), and cells of each sample."""
+    codes = cells.obs["sample"].cat.codes.to_numpy()
+    names = pd.util.hash_array(cells.obs.index.to_numpy().astype(object))
+    parts = []
+    for rows in rows_by_sample(codes, np.arange(cells.n_cells)):
+        has_position = located(cells.coordinates, rows)
+        placed, loose = rows[has_position], rows[~has_position]
+        if placed.size:
+            assert cells.coordinates is not None
+            placed = placed[np.lexsort((names[placed], *cells.coordinates[placed].T))]
+            cut = tiles(cells.coordinates[placed], -(-placed.size // TILE))
+            placed = placed[np.concatenate(cut)]
+        parts += [placed, loose[np.lexsort((names[loose], keys[loose]))]]
+    sizes = np.bincount(codes, minlength=len(cells.obs["sample"].cat.categories))
+    return np.concatenate(parts), dict(zip(cells.obs["sample"].cat.categories, sizes.tolist(), strict=True))
+
+
+def report_scan(source: Source, scan: Scan) -> None:
+    """Warn of what the vocabulary leaves out."""
+    if scan.n_counts_kept < 0.5 * scan.n_counts:
+        warn(
+            f'Only {scan.n_counts_kept / scan.n_counts:.0%} of the counts of source "{source.name}" are of genes in the '
+            "vocabulary."
+        )
+    if scan.n_empty:
+        warn(f'{scan.n_empty:,} cells of source "{source.name}" have no counts of genes in the vocabulary.')

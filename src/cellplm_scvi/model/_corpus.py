@@ -1,0 +1,36 @@
+"""What is different for a model whose cells are in a corpus on disk."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from cellplm_scvi.data._streaming import CorpusDataModule
+
+
+class CorpusMixin:
+    """Loads models that were trained on a corpus."""
+
+    @classmethod
+    def load(cls, dir_path: Any, adata: Any = None, *args: Any, datamodule: Any = None, **kwargs: Any) -> Any:
+        """Load a model that :meth:`save` wrote; arguments as in scvi-tools.
+
+        A model that was trained on a corpus has no AnnData: load it with ``datamodule=`` or ``adata=False``.
+        """
+        if isinstance(datamodule, CorpusDataModule):  # everything about it is in the registry of the model
+            adata, datamodule = False if adata is None else adata, None
+        return super().load(dir_path, adata, *args, datamodule=datamodule, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def setup_annbatch(cls, *args: Any, **kwargs: Any) -> NoReturn:
+        """scvi-tools' set-up of an annbatch collection, which shuffles single cells: here, cells stay with their sample.
+
+        Raises
+        ------
+        NotImplementedError
+            Always; it says what to call.
+        """
+        raise NotImplementedError(
+            f"{cls.__name__} reads whole samples. Write a corpus with cellplm_scvi.data.build_corpus(sources, folder), "
+            "which annbatch reads too, and train with "
+            f"{cls.__name__}(registry=corpus.registry).train(datamodule=CorpusDataModule(corpus), max_epochs=...)."
+        )

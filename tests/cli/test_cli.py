@@ -1,0 +1,246 @@
+"""Long runs from disk to disk: killed at any moment, they end as if they had not been."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from cellplm_scvi import CellPLM
+from cellplm_scvi.cli import PRESETS, embed, main, pretrain
+from cellplm_scvi.cli._embed import NOTE_EVERY
+from cellplm_scvi.data import Corpus, build_corpus
+
+pytest.importorskip("annbatch")
+pytest.importorskip("jsonargparse")
+pytest.importorskip("safetensors")
+
+KEYS: dict[str, Any] = {"batch_key": "batch", "sample_key": "sample"}
+NETWORK = {
+    "n_hidden": 16,
+    "n_layers": 1,
+    "n_heads": 2,
+    "n_latent": 4,
+    "n_components": 3,
+    "n_neighbours": 4,
+    "n_niche": 2,
+}
+RUN: dict[str, Any] = {
+    "preset": "tiny",
+    "model": NETWORK,
+    "batch_size": 16,
+    "context_size": 8,
+    "validation": 0.3,
+    "max_epochs": 2,
+    "checkpoint_every": 2,
+    "log_every": 1,
+    "accelerator": "cpu",
+    "devices": 1,
+    "progress": False,
+}
+
+
+class Stop(Callback):
+    """Raises at a step, like a failure."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            raise RuntimeError("stopped")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory, make_tissues):
+    adata = make_tissues(spatial=True)
+    adata.obsm["spatial"][::11] = np.nan
+    folder = tmp_path_factory.mktemp("corpora") / "corpus"
+    return build_corpus(adata, folder, shard_size=50, progress=False, spatial_key="spatial", **KEYS)
+
+
+def weights(model: CellPLM) -> dict[str, np.ndarray]:
+    return {name: value.numpy().copy() for name, value in model.module.state_dict().items()}
+
+
+def assert_same(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, second[name], err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("stop", "change"),
+    [
+        pytest.param(6, {"checkpoint_every": 6}, id="at the end of an epoch"),
+        pytest.param(4, {"accumulate": 2, "validate_every": 2, "num_workers": 1}, id="within an epoch"),
+    ],
+)
+def test_a_run_that_failed_ends_with_the_same_weights(corpus, tmp_path, stop, change):
+    run = RUN | change
+    whole = pretrain(corpus.path, tmp_path / "whole", **run)
+    with pytest.raises(RuntimeError, match="stopped"):
+        pretrain(corpus.path, tmp_path / "stopped", **run, callbacks=[Stop(stop)])
+    state = torch.load(tmp_path / "stopped" / "last.ckpt", weights_only=False)
+    assert 0 < state["global_step"] <= stop
+    assert {"state_dict", "optimizer_states", "lr_schedulers", "random_states", "CorpusDataModule"} <= set(state)
+    went_on = pretrain(corpus.path, tmp_path / "stopped", **run)
+    assert went_on.trainer.global_step == whole.trainer.global_step > stop
+    assert_same(weights(whole), weights(went_on))
+    loaded = CellPLM.from_pretrained(tmp_path / "stopped" / "model", accelerator="cpu")
+    assert_same(weights(whole), weights(loaded))
+    assert (tmp_path / "whole" / "logs" / "version_0" / "metrics.csv").read_text().count("\n") > 3
+
+
+def test_killed_pretraining_goes_on_in_other_processes(corpus, tmp_path, killed_at_random):
+    run = RUN | {"checkpoint_every": 1}
+    whole = pretrain(corpus.path, tmp_path / "whole", **run)
+    n_killed = killed_at_random(lambda: pretrain(corpus.path, tmp_path / "killed", **run), n_kills=3, longest=2.5)
+    assert n_killed
+    killed = CellPLM.from_pretrained(tmp_path / "killed" / "model", accelerator="cpu")
+    assert_same(weights(whole), weights(killed))
+
+
+def test_other_minibatches_are_refused(corpus, tmp_path):
+    with pytest.raises(RuntimeError, match="stopped"):
+        pretrain(corpus.path, tmp_path / "run", **RUN, callbacks=[Stop(3)])
+    with pytest.raises(ValueError, match="batch_size was 16, is 32"):
+        pretrain(corpus.path, tmp_path / "run", **(RUN | {"batch_size": 32}))
+
+
+def test_presets_build(corpus):
+    for name, preset in PRESETS.items():
+        with torch.device("meta"):
+            network = CellPLM(registry=dict(corpus.registry), **preset["model"])
+        assert network.module.n_hidden == preset["model"]["n_hidden"], name
+    with pytest.raises(ValueError, match='preset="huge" is not one of "85m"'):
+        pretrain(corpus.path, "nowhere", preset="huge")
+
+
+@pytest.fixture
+def model(corpus):
+    torch.manual_seed(0)
+    found = CellPLM(registry=corpus.registry, **NETWORK)
+    found.is_trained_ = True
+    found.module.eval()
+    return found
+
+
+def test_embedding_to_disk_is_that_in_memory(corpus, model, sections, tmp_path):
+    adata = corpus.to_anndata()
+    expected = model.get_latent_representation(adata)
+    found = ad.read_zarr(embed(model, corpus.path, tmp_path / "z.zarr", batch_size=32, progress=False))
+    assert list(found.obs_names) == list(adata.obs_names)
+    assert list(found.obs["sample"]) == list(adata.obs["sample"])
+    np.testing.assert_allclose(found.X, expected, atol=1e-5)
+    # a file, in its own order of cells and of genes
+    shuffled = sections[np.random.default_rng(0).permutation(90)].copy()[:, ::-1].copy()
+    shuffled.write_h5ad(tmp_path / "shuffled.h5ad")
+    out = embed(
+        model,
+        tmp_path / "shuffled.h5ad",
+        tmp_path / "y.zarr",
+        sample_key="sample",
+        spatial_key="spatial",
+        progress=False,
+    )
+    found = ad.read_zarr(out)
+    assert list(found.obs_names) == list(shuffled.obs_names)
+    back = found[adata.obs_names]
+    np.testing.assert_allclose(back.X, expected, atol=1e-5)
+    assert not (tmp_path / "y.zarr.part").exists()
+    with pytest.raises(FileExistsError, match="exists"):
+        embed(model, corpus.path, tmp_path / "y.zarr")
+
+
+def test_a_killed_embedding_goes_on(corpus, model, tmp_path, killed_at_random, monkeypatch):
+    monkeypatch.setattr("cellplm_scvi.cli._embed.NOTE_EVERY", 0.0)
+    assert NOTE_EVERY > 0
+    arguments: dict[str, Any] = {"batch_size": 1, "progress": False}
+    whole = ad.read_zarr(embed(model, corpus, tmp_path / "whole.zarr", **arguments))
+
+    def run() -> None:
+        if not (tmp_path / "killed.zarr").exists():
+            embed(model, Corpus(corpus.path), tmp_path / "killed.zarr", **arguments)
+
+    killed_at_random(run, n_kills=3, longest=0.7)
+    killed = ad.read_zarr(tmp_path / "killed.zarr")
+    np.testing.assert_array_equal(killed.X, whole.X)
+    assert killed.obs.equals(whole.obs)
+
+
+def test_the_command(sections, tmp_path, capsys):
+    sections.write_h5ad(tmp_path / "a.h5ad")
+    folder = str(tmp_path / "corpus")
+    main(
+        ["corpus", "build", folder, f'["{tmp_path / "a.h5ad"}"]', "--sample_key", "sample", "--spatial_key", "spatial"]
+    )
+    main(["corpus", "info", folder])
+    said = capsys.readouterr().out
+    assert "cells: 90" in said
+    assert "no cell is missing" in said
+    config = RUN | {"corpus": folder, "folder": str(tmp_path / "run"), "max_epochs": 2, "validation": ["sample1"]}
+    (tmp_path / "config.yaml").write_text(json.dumps(config))  # which is YAML too
+    main(["pretrain", str(tmp_path / "config.yaml"), "--max_epochs", "1"])
+    main(["embed", str(tmp_path / "run" / "model"), folder, str(tmp_path / "z.zarr"), "--accelerator", "cpu"])
+    assert ad.read_zarr(tmp_path / "z.zarr").shape == (90, 4)
+
+
+class Losses(Callback):
+    """Keeps the loss of each minibatch, the mean over ranks."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        loss = outputs["loss"].detach().clone()
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(loss)
+            loss /= trainer.world_size
+        self.losses.append(loss.item() * trainer.accumulate_grad_batches)
+
+
+def test_two_processes_train_like_one_with_the_same_global_batch(tmp_path, make_tissues):
+    """Samples of one cell to most of them; without what is random in a step, but for the order of cells."""
+    adata = make_tissues(n_cells=300, n_samples=5)
+    corpus = build_corpus(adata, tmp_path / "corpus", progress=False, **KEYS)
+    network = NETWORK | {"dropout_rate": 0.0, "masking": False, "latent": "deterministic"}
+    run = RUN | {"model": network, "validation": ["sample1"], "batch_size": 32, "max_epochs": 2, "seed": 3}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def train(name: str, change: Any, environment: Any) -> None:
+        os.environ.update(environment)
+        losses = Losses()
+        model = pretrain(corpus.path, tmp_path / name, callbacks=[losses], **(run | change))
+        if model.trainer.is_global_zero:
+            np.save(tmp_path / name / "losses.npy", losses.losses)
+
+    # as torchrun does it
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    common |= {"TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"}
+    ranks = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    context = multiprocessing.get_context("fork")
+    two = {"devices": 2, "strategy": "ddp"}
+    started = [context.Process(target=train, args=("two", two, rank)) for rank in ranks]
+    started.append(context.Process(target=train, args=("one", {"accumulate": 2}, {})))
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(300)
+        assert process.exitcode == 0
+    one, two = (np.load(tmp_path / name / "losses.npy") for name in ("one", "two"))
+    assert len(one) == 2 * len(two) > 8
+    np.testing.assert_allclose(one.reshape(-1, 2).mean(1), two, atol=1e-4)
+    models = [CellPLM.from_pretrained(tmp_path / name / "model", accelerator="cpu") for name in ("one", "two")]
+    for name, value in weights(models[0]).items():
+        np.testing.assert_allclose(value, weights(models[1])[name], atol=1e-4, err_msg=name)

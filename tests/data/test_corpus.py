@@ -1,0 +1,196 @@
+"""A corpus on disk holds every cell once, whatever it is built from and however often the build is killed."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from anndata import AnnData
+
+from cellplm_scvi.data import Corpus, Source, build_corpus
+
+pytest.importorskip("annbatch")
+
+KEYS = {"batch_key": "batch", "platform_key": "platform", "sample_key": "sample"}
+
+
+def dense(adata: AnnData, cells: pd.Index, genes: pd.Index | list[str]) -> np.ndarray:
+    return adata[cells].to_df()[list(genes)].to_numpy()
+
+
+@pytest.mark.parametrize("kind", ["memory", "h5ad", "zarr", "layer", "csc", "dense"])
+def test_what_was_written_is_what_is_read(tmp_path, sections, kind):
+    source, keys = sections, dict(KEYS, spatial_key="spatial", dataset_key="study")
+    if kind == "layer":
+        source = sections.copy()
+        source.layers["counts"], source.X = sections.X.copy(), None
+        keys["layer"] = "counts"
+    elif kind in ("csc", "dense"):
+        source = sections.copy()
+        source.X = sections.X.tocsc() if kind == "csc" else sections.X.toarray()
+    if kind in ("h5ad", "csc", "layer"):
+        source.write_h5ad(tmp_path / "a.h5ad")
+        source = tmp_path / "a.h5ad"
+    elif kind in ("zarr", "dense"):
+        source.write_zarr(tmp_path / "a.zarr")
+        source = tmp_path / "a.zarr"
+    corpus = build_corpus(source, tmp_path / "corpus", shard_size=40, progress=False, **keys)
+    corpus.verify()
+    found = corpus.to_anndata()
+    assert corpus.n_shards == 3
+    assert sorted(found.obs_names) == sorted(sections.obs_names)
+    assert list(found.var_names) == list(sections.var_names)
+    back = found[sections.obs_names]
+    np.testing.assert_array_equal(back.X.toarray(), sections.X.toarray())
+    np.testing.assert_array_equal(back.obsm["spatial"], sections.obsm["spatial"])
+    for ours, theirs in {"batch": "batch", "platform": "platform", "dataset": "study", "sample": "sample"}.items():
+        assert list(back.obs[ours].astype(str)) == list(sections.obs[theirs].astype(str))
+    # cells of a sample are neighbours
+    assert (np.diff(found.obs["sample"].cat.codes.to_numpy()) != 0).sum() == corpus.n_samples - 1
+    cells = corpus.cells(np.arange(corpus.n_cells))
+    assert list(sections.obs_names[cells["source_row"]]) == list(found.obs_names) == list(corpus.names(0, 90))
+
+
+def test_annbatch_reads_it(tmp_path, tissues):
+    from annbatch import DatasetCollection, Loader
+
+    build_corpus(tissues, tmp_path / "corpus", shard_size=40, progress=False, **KEYS)
+    loader = Loader(batch_size=32, chunk_size=8, preload_nchunks=4, preload_to_gpu=False)
+    loader.use_collection(DatasetCollection(tmp_path / "corpus" / "counts.zarr", mode="r"))
+    batches = list(loader)
+    assert sum(batch["X"].sum() for batch in batches) == tissues.X.sum()
+    assert set(batches[0]["obs"]) >= {"batch", "sample"}
+
+
+def test_genes_are_matched_by_meaning(tmp_path, make_tissues):
+    symbols, ids = make_tissues(n_genes=4), make_tissues(n_genes=4, seed=1)
+    symbols.var_names = ["CD3E", "TP53", "made-up", "CD8A"]
+    ids.var_names = ["ENSG00000141510.18", "ENSG00000198851", "other", "ENSG00000010610"]
+    corpus = build_corpus({"a": symbols, "b": ids}, tmp_path / "c", progress=False, sample_key="sample")
+    assert list(corpus.genes) == [
+        "ENSG00000198851", "ENSG00000141510", "made-up", "ENSG00000153563", "other", "ENSG00000010610",
+    ]  # fmt: skip
+    found = corpus.to_anndata()
+    rows = found.obs["dataset"] == "b"
+    tp53 = pd.Series(ids.X[:, 0].toarray().ravel(), ids.obs_names)
+    np.testing.assert_array_equal(found[rows].to_df()["ENSG00000141510"], tp53[found.obs_names[rows]].to_numpy())
+    np.testing.assert_array_equal(corpus.panels, [[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 1, 1]])
+    # names that both use are of different samples
+    assert corpus.n_samples == 8
+    assert set(corpus.samples["source"]) == {"a", "b"}
+
+
+def test_a_given_vocabulary_leaves_genes_out_and_keeps_the_library(tmp_path, tissues):
+    genes = ["gene3", "gene1", "absent"]
+    with pytest.warns(UserWarning, match="of the counts of source"):
+        corpus = build_corpus(tissues, tmp_path / "c", genes=genes, progress=False, sample_key="sample")
+    found = corpus.to_anndata()
+    assert list(found.var_names) == genes
+    np.testing.assert_array_equal(found.X[:, 0].toarray(), tissues[found.obs_names, "gene3"].X.toarray())
+    np.testing.assert_allclose(found.obs["library_size"], tissues[found.obs_names].X.sum(1).A1)
+    np.testing.assert_array_equal(corpus.panels, [[True, True, False]])
+
+
+def test_measured_genes_become_panels(tmp_path, tissues):
+    table = pd.DataFrame(True, index=tissues.var_names, columns=["one", "two"])
+    table.loc["gene5", "two"] = False
+    tissues.varm["panel"] = table
+    corpus = build_corpus(
+        tissues, tmp_path / "c", progress=False, dataset_key="study", measured_genes_key="panel", sample_key="sample"
+    )
+    assert not corpus.panels[1, 5]
+    assert corpus.panels.sum() == 59
+    found = corpus.to_anndata()
+    assert found[found.obs["dataset"] == "two", "gene5"].X.sum() == 0
+
+
+def test_what_a_model_starts_from_is_in_the_shards(tmp_path, tissues):
+    corpus = build_corpus(tissues, tmp_path / "c", shard_size=40, progress=False, **KEYS)
+    start = corpus.starting_point()
+    assert start.target_sum == np.median(tissues.X.sum(1).A1)
+    np.testing.assert_array_equal(start.gene_totals, tissues.X.sum(0).A1)
+    batch = (tissues.obs["batch"] == "batch1").to_numpy()
+    np.testing.assert_array_equal(start.batch_totals[1], tissues.X[batch].sum(0).A1)
+
+
+def test_a_killed_build_goes_on(tmp_path, sections, killed_at_random):
+    keys = dict(KEYS, spatial_key="spatial", shard_size=10, progress=False)
+    whole = build_corpus(sections, tmp_path / "whole", **keys)
+    n_killed = killed_at_random(lambda: build_corpus(sections, tmp_path / "killed", **keys), n_kills=4, longest=0.8)
+    assert n_killed
+    killed = Corpus(tmp_path / "killed")
+    killed.verify()
+    for n in range(whole.n_shards):
+        names = [f"done/{n}.json", f"cells/{n}.npy"]
+        for name in names:
+            assert (whole.path / name).read_bytes() == (killed.path / name).read_bytes()
+    assert {entry.name for entry in killed.path.iterdir()} == {entry.name for entry in whole.path.iterdir()}
+
+
+def test_a_corpus_that_is_not_complete_is_refused(tmp_path, tissues):
+    corpus = build_corpus(tissues, tmp_path / "c", shard_size=40, progress=False, **KEYS)
+    (corpus.path / "done" / "1.json").unlink()
+    with pytest.raises(ValueError, match=r"lacks 1 of its 3 shards.*build_corpus again"):
+        Corpus(corpus.path)
+    with pytest.raises(ValueError, match="built in another way .*sources"):
+        build_corpus(tissues, tmp_path / "c", shard_size=40, progress=False)
+    build_corpus(tissues, tmp_path / "c", shard_size=40, progress=False, **KEYS).verify()
+    with pytest.raises(FileNotFoundError, match="holds no corpus"):
+        Corpus(tmp_path)
+
+
+def test_damage_is_found(tmp_path, tissues):
+    corpus = build_corpus(tissues, tmp_path / "c", progress=False, **KEYS)
+    file = next((corpus.path / "counts.zarr" / "dataset_0" / "X" / "data" / "c").rglob("*"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged: 1 of its files"):
+        corpus.verify()
+
+
+def test_a_cell_that_is_there_twice_is_found(tmp_path, tissues):
+    corpus = build_corpus(tissues, tmp_path / "c", progress=False, **KEYS)
+    file = corpus.path / "cells" / "0.npy"
+    cells = np.load(file)
+    cells["source_row"][1] = cells["source_row"][0]
+    np.save(file, cells)
+    done = json.loads((corpus.path / "done" / "0.json").read_text())
+    from cellplm_scvi.data._corpus import file_checksums
+
+    (corpus.path / "done" / "0.json").write_text(json.dumps(done | {"cells": file_checksums(file)}))
+    with pytest.raises(ValueError, match="89 different cells in 90"):
+        Corpus(corpus.path).verify()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        pytest.param({"batch_key": "nowhere"}, KeyError, 'Source "0": batch_key="nowhere" is not a column', id="key"),
+        pytest.param({"genes": ["x"]}, ValueError, 'Source "0": none of its 30 genes', id="genes"),
+        pytest.param({"genes": ["gene1", "gene1"]}, ValueError, "more than once", id="vocabulary"),
+        pytest.param({"layer": "raw"}, KeyError, 'layer="raw" is not a layer', id="layer"),
+        pytest.param({"nonsense": 1}, TypeError, "nonsense", id="argument"),
+        pytest.param({"shard_size": 0}, ValueError, "shard_size=0", id="shard"),
+    ],
+)
+def test_messages_say_what_is_wrong(tmp_path, tissues, change, error, message):
+    with pytest.raises(error, match=message):
+        build_corpus(tissues, tmp_path / "c", progress=False, **change)
+
+
+def test_fractions_are_no_counts(tmp_path, tissues):
+    tissues.X = tissues.X * 0.5
+    with pytest.raises(ValueError, match='Source "x": X does not hold counts'):
+        build_corpus([Source(tissues, name="x")], tmp_path / "c", progress=False)
+
+
+def test_sources_have_names_of_their_own(tmp_path, tissues):
+    with pytest.raises(ValueError, match='"a" occurs more than once'):
+        build_corpus([Source(tissues, "a"), Source(tissues, "a")], tmp_path / "c")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        build_corpus(tmp_path / "none.h5ad", tmp_path / "c")
+    with pytest.raises(ValueError, match="no source"):
+        build_corpus([], tmp_path / "c")
