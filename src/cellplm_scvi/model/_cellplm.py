@@ -83,9 +83,6 @@ class CellPLM(
         With ``position="local"``: nearest cells whose summed counts z learns to predict; 0 switches that off.
     niche_weight
         Weight of that objective.
-    encode_batch
-        Whether the encoder is told the batch of each cell, so that it can take the effect of the batch off; the decoder
-        always is. Batches that it never met get the mean of what it learned.
     masking
         Whether genes are hidden from the encoder in training.
     input_normalization
@@ -127,7 +124,6 @@ class CellPLM(
         n_neighbours: int = 32,
         n_niche: int = 16,
         niche_weight: float = 0.2,
-        encode_batch: bool = False,
         masking: bool = True,
         input_normalization: str = "library",
         max_context: int = 8192,
@@ -185,7 +181,6 @@ class CellPLM(
             n_spatial_dims=n_dims,
             n_neighbours=n_neighbours,
             niche_weight=niche_weight if n_niche > 0 else 0.0,
-            encode_batch=encode_batch,
             masking=GeneMasking() if masking else None,
             target_sum=target_sum if input_normalization == "library" else None,
             gene_shares=gene_shares,

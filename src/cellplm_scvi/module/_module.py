@@ -12,7 +12,6 @@ from torch.distributions import Normal
 
 from cellplm_scvi.nn import (
     BatchAwareDecoder,
-    CovariateCodes,
     Encoder,
     GeneEmbedder,
     GeneMasking,
@@ -22,7 +21,6 @@ from cellplm_scvi.nn import (
     Position,
     SparseCounts,
     TransformerEncoder,
-    add_codes,
     latent_space,
     position_code,
     softmax_nb_loss,
@@ -59,8 +57,6 @@ class CellPLMModule(BaseModuleClass):
         Library size to which input counts are normalised before ``log1p``; ``None`` for raw counts.
     gene_shares
         Share of each gene in all counts, (n_genes,), where the decoder starts.
-    encode_batch
-        Whether the encoder is told the batch of each cell.
     batch_fold_changes
         Log fold changes of the genes in each batch, (n_batches, n_genes), where the decoder's batch codes start.
     rest
@@ -93,7 +89,6 @@ class CellPLMModule(BaseModuleClass):
         niche_weight: float = 0.0,
         masking: GeneMasking | None = None,
         target_sum: float | None = 1e4,
-        encode_batch: bool = False,
         gene_shares: Tensor | None = None,
         batch_fold_changes: Tensor | None = None,
         rest: bool = False,
@@ -113,10 +108,6 @@ class CellPLMModule(BaseModuleClass):
         self.n_neighbours = n_neighbours if local else 0
         self.absolute_position = self.spatial and position in ("fourier", "sinusoidal")
         self.embedder = GeneEmbedder(n_genes, n_hidden, target_sum, dropout_rate)
-        self.input_codes = nn.ModuleDict()
-        if encode_batch and "batch" in covariates:
-            # zero: at first, and for batches that it never met, the encoder does not care
-            self.input_codes["batch"] = CovariateCodes(covariates["batch"], n_hidden, scale=0.0)
         self.position = position_code(position, n_hidden, n_spatial_dims) if self.spatial else None
         self.encoder = TransformerEncoder(encoder, n_hidden, n_layers, n_heads, dropout_rate, local=local)
         self.latent = latent_space(latent, n_hidden, n_latent, n_components)
@@ -155,17 +146,18 @@ class CellPLMModule(BaseModuleClass):
     def add_categories(self, sizes: Mapping[str, tuple[int, int]]) -> None:
         """Give covariates of so many categories so many more, which contribute what unseen ones do."""
         for covariate, (n_known, n_added) in sizes.items():
-            if covariate == "batch":
-                add_codes(self.input_codes, covariate, n_known, n_added, self.n_hidden)
             for decoder in self.decoders:
                 decoder.add_categories(covariate, n_known, n_added)
         self.last_added = tuple(sizes)
 
     def newest_codes(self) -> list[nn.Parameter]:
         """Contributions of the categories that were added last."""
-        tables = [table for decoder in self.decoders for name in self.last_added for table in decoder.tables(name)]
-        tables += [self.input_codes[name] for name in self.last_added if name in self.input_codes]
-        return [table.weight for table in tables]  # type: ignore[misc]
+        return [
+            table.weight  # type: ignore[misc]
+            for decoder in self.decoders
+            for name in self.last_added
+            for table in decoder.tables(name)
+        ]
 
     def add_genes(self, biases: Sequence[Tensor]) -> None:
         """Add genes to embedder and decoders; ``biases`` has their logits in each decoder, (n_added,)."""
@@ -189,9 +181,6 @@ class CellPLMModule(BaseModuleClass):
         if self.training and self.masking is not None:
             counts = self.masking(counts)
         h = self.embedder(counts, library)
-        for name, codes in self.input_codes.items():
-            # data may be set up without it
-            h = h + codes(tensors[name] if name in tensors else torch.full_like(tensors["lengths"][:1], -1))  # type: ignore[literal-required]
         packing = self.encoder.packing(tensors["lengths"])
         neighbourhood = None
         if self.position is not None:

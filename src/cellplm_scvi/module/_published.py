@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from scvi.module.base import BaseModuleClass
-from torch import Tensor, nn
+from torch import Tensor
 
 from cellplm_scvi.nn import GeneMasking
 from cellplm_scvi.nn.published import PublishedConfig, PublishedNetwork
@@ -43,7 +43,6 @@ class PublishedModule(CellPLMModule):
         self.n_neighbours = 0
         network = PublishedNetwork(config)
         self.embedder = network.embedder  # type: ignore[assignment]
-        self.input_codes = nn.ModuleDict()  # of batches that are added; the published encoder knows none
         self.position = None
         self.encoder = network.encoder  # type: ignore[assignment]
         self.latent = network.latent

@@ -2,10 +2,10 @@
 
 from ._annotation import AnnotationHead
 from ._attention import Neighbourhood, Packing
-from ._decoder import BatchAwareDecoder, CovariateCodes
+from ._decoder import BatchAwareDecoder
 from ._embedder import GeneEmbedder
 from ._encoders import Encoder, TransformerEncoder
-from ._growth import AddedCodes, add_codes
+from ._growth import AddedCodes
 from ._latents import Latent, MixtureLatent, latent_space
 from ._masking import GeneMasking, PanelMasking
 from ._nb import GeneOutput, nb_expected_log1p, nb_negative_log_likelihood, softmax_nb_loss
@@ -16,7 +16,6 @@ __all__ = [
     "AddedCodes",
     "AnnotationHead",
     "BatchAwareDecoder",
-    "CovariateCodes",
     "Encoder",
     "GeneEmbedder",
     "GeneMasking",
@@ -29,7 +28,6 @@ __all__ = [
     "Position",
     "SparseCounts",
     "TransformerEncoder",
-    "add_codes",
     "latent_space",
     "nb_expected_log1p",
     "nb_negative_log_likelihood",

@@ -18,9 +18,9 @@ class CovariateCodes(nn.Module):
     A code outside the table (an unseen category, or -1 for an absent one) gets the mean of the learned contributions.
     """
 
-    def __init__(self, n_categories: int, n_hidden: int, scale: float = 0.1):
+    def __init__(self, n_categories: int, n_hidden: int):
         super().__init__()
-        self.weight = nn.Parameter(scale * torch.randn(n_categories, n_hidden))
+        self.weight = nn.Parameter(0.1 * torch.randn(n_categories, n_hidden))
 
     @property
     def n_categories(self) -> int:
