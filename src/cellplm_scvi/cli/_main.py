@@ -27,7 +27,7 @@ def build(
     size_factor_key: str | None = None,
     measured_genes_key: str | None = None,
     organism: Organism = "human",
-    shard_size: int = 32_768,
+    shard_size: int = 16_384,
 ) -> None:
     """Write data sets as a corpus, or go on with it after a kill.
 

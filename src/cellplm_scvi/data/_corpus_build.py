@@ -45,7 +45,7 @@ def build_corpus(
     path: str | Path,
     *,
     genes: Sequence[str] | None = None,
-    shard_size: int = 32_768,
+    shard_size: int = 16_384,
     n_obs_per_chunk: int = 256,
     progress: bool = True,
     **keys: Any,

@@ -140,8 +140,7 @@ class CorpusCells:
         groups = ([batch.rows for batch in group] for group in preloads(batches, PRELOAD))
         for batch, counts in zip(batches, self.reader.stream(groups), strict=True):
             lengths = batch.lengths
-            counts.has_canonical_format = True  # as it was written; to check it takes as long as to copy it
-            table = self.table(batch.rows, counts, np.repeat(np.arange(lengths.shape[0]), lengths))
+            table = self.table(batch.rows, _AsRead(counts), np.repeat(np.arange(lengths.shape[0]), lengths))
             dataset = CellDataset(table, self.spatial, self.nearest(table))
             yield dataset[MinibatchRows(np.arange(table.n_cells), lengths)]
 
@@ -168,6 +167,18 @@ class CorpusCells:
         contexts = whole_contexts(table, everything, everything, max_context, nearest)
         packed = [contexts] if unit.n_slices == 1 else [[context] for context in contexts]
         return CellDataset(table, self.spatial, nearest), [MinibatchRows.of(part) for part in packed]
+
+
+class _AsRead:
+    """Counts of a minibatch that are asked for once, all in their order: nothing is copied, or checked again."""
+
+    def __init__(self, counts: sp.csr_matrix):
+        # scipy's astype would copy the indices too
+        parts = (counts.data.astype(np.float32), counts.indices, counts.indptr)
+        self.counts, self.shape = sp.csr_matrix(parts, shape=counts.shape, copy=False), counts.shape
+
+    def __getitem__(self, rows: np.ndarray) -> sp.csr_matrix:
+        return self.counts if rows.shape[0] == self.shape[0] else self.counts[rows]
 
 
 class _OnDisk:
