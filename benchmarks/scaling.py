@@ -74,7 +74,7 @@ def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--cells-a-core", type=float, default=13_800, help="measured by streaming.py, for its core count"
+        "--cells-a-core", type=float, default=22_900, help="that a core loads, by streaming.py"
     )
     args = parser.parse_args()
     rng = np.random.default_rng(0)
