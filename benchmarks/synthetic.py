@@ -75,7 +75,7 @@ def panels(model: dict[str, Any], seed: int) -> float:
     rows = np.flatnonzero(~measured.all(1))
     missing = adata.var_names[~measured[rows[0]]]
     imputed = fitted.get_imputed_expression(indices=rows, gene_list=list(missing))
-    truth = pd.DataFrame(true_shares(adata)[rows], index=imputed.index, columns=adata.var_names)[missing]
+    truth = true_shares(adata).loc[imputed.index, missing]
     return float(imputed.corrwith(truth).fillna(0).mean())
 
 
