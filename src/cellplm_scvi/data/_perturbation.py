@@ -13,6 +13,8 @@ from ._table import CellTable
 
 #: added to observed and expected counts, so that a gene without counts has a log change
 PSEUDOCOUNT = 0.5
+#: fewest perturbations of a control set from which its own sampling error can be told
+MIN_SHARED = 5
 #: variance of the log change of a gene that a set did not measure
 UNMEASURED = 1e6
 
@@ -112,6 +114,9 @@ def observed_changes(table: CellTable, pairs: ControlPairs) -> Changes:
     With counts :math:`y` and :math:`y_0` of the sets, libraries :math:`L` and :math:`L_0`, :math:`E = L y_0 / L_0`, and the
     overdispersion :math:`\phi_g` of control cells (variance over mean of counts at given library), the change is
     :math:`\log((y + 1/2) / (E + 1/2))` and its variance :math:`\phi_g (1/(y + 1/2) + 1/(y_0 + 1/2))`.
+
+    The second part is an error that all perturbations compared with one control set share. It looks like an effect that they
+    have in common, and is taken off as far as it is likely not to be one, see :func:`_without_shared_error`.
     """
     library = table.totals if table.size_factor is None else table.size_factor.astype(np.float64)
     base = [_totals(table, rows) for rows in pairs.controls]
@@ -127,7 +132,39 @@ def observed_changes(table: CellTable, pairs: ControlPairs) -> Changes:
             panels = np.unique(table.panel[np.concatenate([rows, pairs.controls[context]])])
             absent = ~table.measured[panels].all(0)
             change[i, absent], variance[i, absent] = 0.0, UNMEASURED
+    for context, total in enumerate(base):
+        here = np.flatnonzero(pairs.context == context)
+        if here.size >= MIN_SHARED:
+            change[here], variance[here] = _without_shared_error(
+                change[here], variance[here], phi / (total + PSEUDOCOUNT)
+            )
     return Changes(change, variance)
+
+
+def _without_shared_error(
+    change: np.ndarray, variance: np.ndarray, of_controls: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    r"""Changes by perturbations compared with one control set, less what its sampling error is likely to be.
+
+    The median :math:`m_g` over :math:`n` perturbations has the variance :math:`v_g` of the controls, :math:`s_g` of about
+    :math:`\pi / 2n` times the mean variance of the perturbed sets, and :math:`\tau^2` of a true change that most
+    perturbations share, which is estimated over genes. The error is expected to be :math:`m_g v_g / (v_g + s_g + \tau^2)`.
+
+    Parameters
+    ----------
+    change, variance
+        (n_perturbations, n_genes).
+    of_controls
+        :math:`v_g`, (n_genes,).
+    """
+    measured = (variance < UNMEASURED).all(0)
+    median = np.median(change, axis=0)
+    sampling = of_controls + np.pi / 2 * (variance - of_controls).mean(0) / change.shape[0]
+    candidates = np.concatenate([[0.0], np.geomspace(1e-4, 1.0, 30)])[:, None]
+    total = sampling[measured] + candidates
+    likelihood = -(np.log(total) + median[measured] ** 2 / total).sum(1)
+    share = np.where(measured, of_controls / (sampling + candidates[likelihood.argmax(), 0]), 0.0)
+    return change - share * median, variance - share * of_controls
 
 
 def _chunks(rows: np.ndarray) -> list[np.ndarray]:

@@ -16,7 +16,7 @@ from scipy.sparse.csgraph import connected_components
 #: prior standard deviations of a log change
 SCALES = np.concatenate([[0.0], np.geomspace(0.03, 2.0, 8)])
 #: weight of "no change", in genes, beside one for each other scale
-NULL_WEIGHT = 10.0
+NULL_WEIGHT = 1.0
 #: genes, those with the most signal, whose likelihood the settings are chosen by
 N_CHOOSING = 200
 #: entries of a chunk of matrices
@@ -210,7 +210,7 @@ def trusted(
 
     Weighted least squares, within bounds, of the changes, (n_perturbations, n_genes), on the predictions (n_predictors,
     n_perturbations, n_genes). Each
-    coefficient is multiplied by :math:`1 - (\mathrm{se} / \lambda)^2` (not below 0), with the jackknife standard error
+    coefficient is multiplied by :math:`1 - (2\,\mathrm{se} / \lambda)^2` (not below 0), with the jackknife standard error
     over perturbations: what does not generalise from perturbation to perturbation counts for nothing.
     """
     n = change.shape[0]
@@ -232,4 +232,4 @@ def trusted(
     whole = solve(np.ones(n, dtype=bool))
     left_out = np.array([solve(np.arange(n) != i) for i in range(n)])
     squared_error = (n - 1) / n * ((left_out - left_out.mean(0)) ** 2).sum(0)
-    return whole * np.maximum(1 - squared_error / np.maximum(whole**2, 1e-12), 0.0)
+    return whole * np.maximum(1 - 4 * squared_error / np.maximum(whole**2, 1e-12), 0.0)
