@@ -107,9 +107,7 @@ def prepared(adata: ad.AnnData) -> ad.AnnData:
     return adata[total > 0].copy()
 
 
-def masks(
-    adata: ad.AnnData, held_out: list[str], seed: int
-) -> tuple[ad.AnnData, ad.AnnData, dict[str, ad.AnnData]]:
+def masks(adata: ad.AnnData, held_out: list[str], seed: int) -> tuple[ad.AnnData, ad.AnnData, dict[str, ad.AnnData]]:
     """Split into training cells, control cells, and those of the perturbations held out.
 
     The control cells are halved: changes observed in training and to be predicted would share their sampling error otherwise.
@@ -128,7 +126,9 @@ def papalexi_perturbations(folder: Path, seed: int) -> list[Task]:
     """Hold out a third of the perturbations of THP-1 cells."""
     adata = prepared(read_dataset(folder, "papalexi2021_thp1_eccite_rep12"))
     names = sorted(set(adata.obs["perturbation"].astype(str)) - {CONTROL})
-    return [Task(*masks(adata, sorted(np.random.default_rng(seed).choice(names, len(names) // 3, replace=False)), seed))]
+    return [
+        Task(*masks(adata, sorted(np.random.default_rng(seed).choice(names, len(names) // 3, replace=False)), seed))
+    ]
 
 
 def papalexi_replicate(folder: Path, seed: int) -> list[Task]:

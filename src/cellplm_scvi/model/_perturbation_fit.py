@@ -92,9 +92,7 @@ def fit_process(change: np.ndarray, variance: np.ndarray, membership: np.ndarray
     for rows in groups:
         elements = np.flatnonzero(membership[rows].any(0))
         cross = membership[np.ix_(rows, elements)].T * scale[rows]
-        weights[rows], posterior[elements] = _posterior(
-            change[rows], variance[rows], kernel[np.ix_(rows, rows)], cross
-        )
+        weights[rows], posterior[elements] = _posterior(change[rows], variance[rows], kernel[np.ix_(rows, rows)], cross)
     return Fit(weights, posterior, settings)
 
 
@@ -127,9 +125,7 @@ def _choose(
     def likelihood(candidate: Settings) -> float:
         kernel = _kernel(membership, places, candidate)
         return sum(
-            _evidence(change[rows], variance[rows], kernel[np.ix_(rows, rows)])
-            for rows in groups
-            if rows.size > 1
+            _evidence(change[rows], variance[rows], kernel[np.ix_(rows, rows)]) for rows in groups if rows.size > 1
         )
 
     for name in asked:

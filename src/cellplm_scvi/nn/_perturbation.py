@@ -230,5 +230,7 @@ def perturbed_shares(log_shares: Tensor, change: Tensor) -> Tensor:
     """
     before = log_shares.exp()
     after = before * change.exp()
-    rest = (1 - before.sum(-1, keepdim=True)).clamp_min(0.0)
-    return after / (after.sum(-1, keepdim=True) + rest)
+    total = before.sum(-1, keepdim=True)
+    rest = (1 - total).clamp_min(0.0)
+    # a ratio that is 1 to the bit where nothing changes
+    return after * ((total + rest) / (after.sum(-1, keepdim=True) + rest))
