@@ -86,7 +86,7 @@ def pair_with_controls(table: CellTable, names: np.ndarray, control: str) -> Con
 
     perturbed = np.flatnonzero(~is_control)
     by_set: dict[tuple, list[int]] = {}
-    for row in perturbed:
+    for row in perturbed.tolist():
         by_set.setdefault((elements_of(names[row]), batch[row], label[row]), []).append(row)
     keys = sorted(by_set, key=str)
     contexts = np.array([context(b, t) for _, b, t in keys], dtype=np.int64)

@@ -133,9 +133,8 @@ class MarkTraining:
         module = self.module
         with torch.no_grad():
             hidden = module.hidden(tensors)
-            inputs = module._get_generative_input(
-                tensors, {"z": module.latent.posterior_mean(hidden), "library": tensors["library"]}
-            )  # type: ignore[typeddict-item]
+            z = module.latent.posterior_mean(hidden)
+            inputs = module._get_generative_input(tensors, {"z": z, "library": tensors["library"]})  # type: ignore[typeddict-item]
             output = module.decoder.output(inputs["measured"])
             log_shares = output.log_shares(module.decoder(inputs["z"], inputs["covariates"]), inputs["panel"])
         difference = module.hidden(tensors | {"marked": torch.from_numpy(marked).to(hidden.device)}) - hidden

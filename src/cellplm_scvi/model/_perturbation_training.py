@@ -121,7 +121,8 @@ class PerturbationTrainingMixin:
         """Give the module the head that ``_perturbation`` describes."""
         if self._perturbation is None:
             return
-        names, n = self._perturbation.get("elements"), self._perturbation.get("n_observations")
+        names: Any = self._perturbation.get("elements")
+        n: Any = self._perturbation.get("n_observations")
         fine = isinstance(names, list) and all(isinstance(name, str) for name in names) and type(n) is int and n > 0
         if not fine or self._perturbation.get("mark") not in get_args(PerturbationMark):
             raise ValueError(f"perturbation={str(self._perturbation)[:100]} does not say what was trained.")
@@ -142,10 +143,11 @@ class PerturbationTrainingMixin:
         """Column in the model of each element, -1 where it is no gene of the model."""
         genes = pd.Index(self.registry_["field_registries"][c.X_KEY]["state_registry"]["column_names"])  # type: ignore[attr-defined]
         names = list(names)
-        columns = genes.get_indexer(names)
+        columns = genes.get_indexer(pd.Index(names))
         for target in get_args(Target):  # perturbations may be named in another way than genes
             if (columns < 0).any():
-                columns = np.where(columns < 0, genes.get_indexer(map_genes(names, target).mapped), columns)
+                translated = pd.Index(map_genes(names, target).mapped)
+                columns = np.where(columns < 0, genes.get_indexer(translated), columns)
         return columns
 
     def _fit_perturbation(
@@ -215,7 +217,8 @@ class PerturbationTrainingMixin:
     @torch.inference_mode()
     def _decoder_covariance(self, table: CellTable, pairs: ControlPairs) -> Tensor:
         """Covariance of the decoder's last hidden states within sets of control cells, (n_hidden, n_hidden)."""
-        loader = self._control_loader(table, *[np.unique(np.concatenate(pairs.controls))] * 2, None)
+        controls = np.unique(np.concatenate(pairs.controls))
+        loader = self._control_loader(table, controls, controls, None)
         context = np.full(table.n_cells, -1)
         for i, rows in enumerate(pairs.controls):
             context[rows] = i

@@ -187,7 +187,7 @@ class CellPLMModule(BaseModuleClass):
         if self.training and self.masking is not None:
             counts = self.masking(counts)
         packing = Packing(tensors["lengths"])
-        if "marked" in tensors:
+        if "marked" in tensors and self.perturbation is not None:
             h = self.embedder(counts, library, partial(self.perturbation, tensors["marked"], packing))
         else:
             h = self.embedder(counts, library)
