@@ -37,6 +37,7 @@ def embed(
     out: str | Path,
     *,
     layer: str | None = None,
+    batch_key: str | None = None,
     sample_key: str | None = None,
     spatial_key: str | None = None,
     size_factor_key: str | None = None,
@@ -62,8 +63,10 @@ def embed(
         obs. Cells are in the order of the source. It is there once it is complete.
     layer
         Of the file: layer that holds the counts.
+    batch_key
+        Of the file: column of obs with the batch of each cell.
     sample_key
-        Of the file: column of obs with the sample of each cell.
+        Of the file: column of obs with the sample of each cell; by default each batch is one.
     spatial_key
         Of the file: key of obsm with coordinates.
     size_factor_key
@@ -96,7 +99,7 @@ def embed(
         corpus = source if isinstance(source, Corpus) else Corpus(source)
     else:
         genes = list(network.registry_["field_registries"][c.X_KEY]["state_registry"]["column_names"])
-        keys = {"layer": layer, "sample_key": sample_key, "spatial_key": spatial_key}
+        keys = {"layer": layer, "batch_key": batch_key, "sample_key": sample_key, "spatial_key": spatial_key}
         keys |= {"size_factor_key": size_factor_key, "organism": organism}
         file = Source(source, **keys)  # type: ignore[arg-type]
         corpus = build_corpus(file, work / "corpus", genes=genes, progress=progress)

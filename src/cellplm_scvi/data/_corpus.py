@@ -232,7 +232,7 @@ class Corpus:
         )
 
     @property
-    def registry(self) -> CorpusRegistry:
+    def registry(self) -> dict[str, Any]:
         """What ``CellPLM(registry=...)`` takes: genes and categories, under the keys of :meth:`to_anndata`."""
         setup = {f"{name}_key": name for name in (c.BATCH_KEY, c.DATASET_KEY, c.SAMPLE_KEY)}
         categories: dict[str, Any] = {name: self.categories[name] for name in (c.BATCH_KEY, c.DATASET_KEY)}

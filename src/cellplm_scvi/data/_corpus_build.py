@@ -46,7 +46,7 @@ def build_corpus(
     *,
     genes: Sequence[str] | None = None,
     shard_size: int = 32_768,
-    n_obs_per_chunk: int = 64,
+    n_obs_per_chunk: int = 256,
     progress: bool = True,
     **keys: Any,
 ) -> Corpus:
@@ -69,7 +69,7 @@ def build_corpus(
     shard_size
         Cells of a shard.
     n_obs_per_chunk
-        Cells of a compressed chunk.
+        Cells of a compressed chunk: it costs about as much to find one as to unpack it, so as many as a context has.
     progress
         Whether to show a bar.
     **keys

@@ -140,6 +140,7 @@ class CorpusCells:
         groups = ([batch.rows for batch in group] for group in preloads(batches, PRELOAD))
         for batch, counts in zip(batches, self.reader.stream(groups), strict=True):
             lengths = batch.lengths
+            counts.has_canonical_format = True  # as it was written; to check it takes as long as to copy it
             table = self.table(batch.rows, counts, np.repeat(np.arange(lengths.shape[0]), lengths))
             dataset = CellDataset(table, self.spatial, self.nearest(table))
             yield dataset[MinibatchRows(np.arange(table.n_cells), lengths)]

@@ -41,8 +41,8 @@ class CorpusDataModule(pl.LightningDataModule):
     """Minibatches of whole samples from a corpus on disk, for ``model.train(datamodule=...)``.
 
     Memory does not grow with the corpus, but for 8 bytes a cell that annbatch keeps. Every cell of the training samples is
-    in one minibatch of an epoch; see :class:`~cellplm_scvi.data._stream_plan.EpochPlan` for what is random, and how ranks
-    share. An epoch that was interrupted goes on where it was, see :attr:`~lightning.pytorch.Trainer` ``ckpt_path``.
+    in one minibatch of an epoch; the page on pre-training says what is random, and how ranks share. With ``ckpt_path=``, an
+    epoch that was interrupted goes on where it was.
 
     Parameters
     ----------
