@@ -41,7 +41,7 @@ def adata(whole, pair) -> AnnData:
 
 def fit(adata: AnnData, keys: dict | None = None, **kwargs) -> CellPLM:
     CellPLM.setup_anndata(adata, **(KEYS | (keys or {})))
-    model = CellPLM(adata, **SIZES)
+    model = CellPLM(adata, **SIZES)  # type: ignore[arg-type]
     model.train(2, batch_size=128, train_size=1.0, **QUIET)
     model.train_perturbation(**({"n_steps": 3, "progress_bar": False} | kwargs))
     return model
@@ -55,9 +55,9 @@ def model(adata) -> CellPLM:
 def true_change(adata: AnnData, perturbation: str) -> pd.Series:
     """Log change of the mean shares of control cells, had they been perturbed."""
     controls = adata[(adata.obs["perturbation"] == "control").to_numpy()].copy()
-    before = true_shares(controls).mean(0)
+    before = true_shares(controls).mean(axis="index")
     controls.obs["perturbation"] = perturbation
-    return np.log(true_shares(controls).mean(0) / before)
+    return np.log(true_shares(controls).mean(axis="index") / before)
 
 
 def controls(adata: AnnData) -> np.ndarray:

@@ -257,6 +257,7 @@ def test_genes_that_only_pre_training_knew_are_imputed(mixture_case: Any, publis
     panel = published_data[:, :-20].copy()
     model = CellPLM.from_pretrained(mixture_case.prefix, panel, accelerator="cpu")
     found = model.get_imputed_expression()
+    assert isinstance(found, pd.DataFrame)
     genes = list(mixture_case.entries["gene_list"])
     assert list(found.columns) == genes
     assert np.isfinite(found.to_numpy()).all()
