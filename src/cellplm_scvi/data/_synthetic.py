@@ -43,6 +43,7 @@ def synthetic_tissues(
     batch_effect: float = 0.3,
     platform_effect: float = 0.5,
     perturbation_effect: float = 2.0,
+    regulator_activity: float = 0.0,
     mean_counts: float = 500.0,
     inverse_dispersion: float = 5.0,
     gene_names: GeneNames = "plain",
@@ -84,6 +85,9 @@ def synthetic_tissues(
         neighbourhoods of a single type; of all genes between batches and between platforms.
     perturbation_effect
         Log fold change of a perturbed regulator.
+    regulator_activity
+        Standard deviation between cells of the log activity of each regulator, which the graph passes on to its targets as
+        it does a perturbation.
     mean_counts
         Mean total of a cell of a dissociated sample over all genes; of a spatial one 0.4 of that.
     inverse_dispersion
@@ -100,9 +104,9 @@ def synthetic_tissues(
     - ``obs``: ``cell_type``, ``niche``, ``sample``, ``batch``, ``platform``, ``dataset`` (``"reference"`` for dissociated
       and ``"spatial"`` for spatial samples), ``perturbation`` (``"control"``, ``"A"`` or ``"A+B"``) and ``depth``, the
       expected total over all genes;
-    - ``obsm``: ``"spatial"`` in micrometres, ``"neighbour_types"`` (shares :math:`c_n`);
+    - ``obsm``: ``"spatial"`` in micrometres, ``"neighbour_types"`` (shares :math:`c_n`), ``"regulator_activity"``;
     - ``varm``: ``"measured_genes"`` (genes x data sets, boolean), and DataFrames of log fold changes ``"type_effects"``,
-      ``"neighbour_effects"``, ``"batch_effects"``, ``"platform_effects"``, ``"perturbation_effects"``;
+      ``"neighbour_effects"``, ``"batch_effects"``, ``"platform_effects"``, ``"perturbation_effects"``, ``"regulator_effects"``;
     - ``var``: ``base_log_rate``, ``inverse_dispersion``, ``is_niche_gene``;
     - ``uns["regulation"]``: edges ``regulator``, ``target``, ``weight``; ``uns["perturbed_genes"]``: those of each
       perturbation.
@@ -168,6 +172,8 @@ def synthetic_tissues(
     adata.varm.update(varm)
     adata.uns["regulation"] = regulation
     adata.uns["perturbed_genes"] = {name: name.split("+") for name in names[1:]}
+    if regulator_activity:
+        _add_activity(adata, regulator_activity, rng)
     adata.X = _counts(adata, rng)
     return adata
 
@@ -184,6 +190,9 @@ def true_shares(adata: AnnData) -> pd.DataFrame:
     log_rate = adata.var["base_log_rate"].to_numpy() + (
         np.asarray(adata.obsm["neighbour_types"]) @ effects("neighbour").to_numpy().T
     )
+    if "regulator_activity" in adata.obsm:
+        activity = pd.DataFrame(adata.obsm["regulator_activity"])
+        log_rate += activity.to_numpy() @ effects("regulator")[activity.columns].to_numpy().T
     for name, key in KEYS.items():
         log_rate += effects(name)[adata.obs[key]].to_numpy().T
     rate = np.exp(log_rate)
@@ -306,6 +315,22 @@ def _perturbations(
         names += labels + [f"{labels[first[p]]}+{labels[second[p]]}" for p in pairs]
         changes += [*singles, *(singles[first[p]] + singles[second[p]] for p in pairs)]
     return regulation, np.stack(changes, 1), names
+
+
+def _add_activity(adata: AnnData, deviation: float, rng: np.random.Generator) -> None:
+    """Activity of each regulator in each cell, and what a unit of it changes in the log rate of each gene."""
+    edges = adata.uns["regulation"]
+    genes = adata.var_names
+    weights = np.zeros((adata.n_vars, adata.n_vars))
+    weights[genes.get_indexer(edges["regulator"]), genes.get_indexer(edges["target"])] = edges["weight"]
+    total = np.linalg.inv(np.eye(adata.n_vars) - weights)
+    regulators = pd.unique(edges["regulator"])
+    adata.varm["regulator_effects"] = pd.DataFrame(
+        total[genes.get_indexer(regulators)].T, index=genes, columns=regulators
+    )
+    adata.obsm["regulator_activity"] = pd.DataFrame(
+        rng.normal(0, deviation, (adata.n_obs, len(regulators))), index=adata.obs_names, columns=regulators
+    )
 
 
 def _panels(

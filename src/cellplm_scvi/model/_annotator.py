@@ -56,6 +56,7 @@ class CellPLMAnnotator(CellPLM):
     _module_cls = AnnotatorModule
 
     def _add_parts(self) -> None:
+        super()._add_parts()
         states = self.registry_["field_registries"]
         if c.LABELS_KEY not in states:
             raise ValueError("CellPLMAnnotator needs labels: pass labels_key to setup_anndata, or use from_cellplm.")

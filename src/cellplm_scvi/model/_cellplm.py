@@ -27,6 +27,7 @@ from ._expression import ExpressionMixin
 from ._extension import Extension, ExtensionMixin
 from ._hub import HubMixin
 from ._imputation import ImputationMixin
+from ._perturbation import PerturbationMixin
 from ._pretrained import PretrainedMixin
 from ._query import QueryMixin
 from ._training import TrainingMixin
@@ -41,6 +42,7 @@ class CellPLM(
     ExpressionMixin,
     DenoisingMixin,
     ImputationMixin,
+    PerturbationMixin,
     TrainingMixin,
     PretrainedMixin,
     HubMixin,
@@ -94,6 +96,8 @@ class CellPLM(
         matters.
     extension
         What was added to a trained model, which :meth:`from_pretrained` and :meth:`load_query_data` set.
+    perturbation
+        Which perturbations were trained, which :meth:`train_perturbation` sets.
     registry
         Registry of an AnnData set-up, or of a :class:`~cellplm_scvi.data.Corpus`, instead of ``adata``.
 
@@ -129,6 +133,7 @@ class CellPLM(
         max_context: int = 8192,
         published: dict[str, Any] | None = None,
         extension: dict[str, Any] | None = None,
+        perturbation: dict[str, Any] | None = None,
         registry: dict | None = None,
     ):
         super().__init__(adata, registry)
@@ -137,6 +142,7 @@ class CellPLM(
         elif isinstance(registry, CorpusRegistry):
             self.registry_ = dict(registry)  # a saved model does not depend on where the corpus is
         self._extension = Extension.from_dict(extension)
+        self._perturbation = perturbation
         if published is not None:
             self._build_published(published, max_context)
             self._add_categories()
@@ -202,7 +208,8 @@ class CellPLM(
         self.init_params_ = self._get_init_params(locals())
 
     def _add_parts(self) -> None:
-        """What a model built on this one adds to the module."""
+        """Parts of the module that were added after it was built; models built on this one add theirs."""
+        self._add_perturbation()
 
     def _from_counts(self) -> tuple[float, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Median library size, share of each gene in all counts, log fold changes of each batch from them, gene panels."""

@@ -145,10 +145,14 @@ def extend[Model: CellPLM](
     }
     if genes:
         module.add_genes(_start_biases(model, genes))
+        # what perturbations do to the new genes is not known: it has to be trained again
+        module.perturbation = None
     if sizes:
         module.add_categories(sizes)
     init = {name: value for name, value in model.init_params_["non_kwargs"].items() if value is not None}
     init["extension"] = model._extension.then({name: n for name, (_, n) in sizes.items()}, query=query).to_dict()
+    if genes:
+        init.pop("perturbation", None)
     if init.get("published"):
         init["published"] = init["published"] | {
             name: init["published"][name] + len(genes) for name in ("n_genes", "n_outputs")

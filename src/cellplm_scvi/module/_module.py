@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -18,6 +19,7 @@ from cellplm_scvi.nn import (
     Latent,
     Neighbourhood,
     PanelMasking,
+    PerturbationHead,
     Position,
     SparseCounts,
     TransformerEncoder,
@@ -68,6 +70,8 @@ class CellPLMModule(BaseModuleClass):
     """
 
     panels: Tensor | None
+    #: marks of perturbed genes and what they change, once that is trained
+    perturbation: PerturbationHead | None
 
     def __init__(
         self,
@@ -96,6 +100,7 @@ class CellPLMModule(BaseModuleClass):
         panels: Tensor | None = None,
     ):
         super().__init__()
+        self.perturbation = None
         self.n_hidden = n_hidden
         self.max_context = max_context
         self.gene_likelihood = "nb"
@@ -180,8 +185,11 @@ class CellPLMModule(BaseModuleClass):
             counts, library = self.panel_masking(counts, library, self.panels)
         if self.training and self.masking is not None:
             counts = self.masking(counts)
-        h = self.embedder(counts, library)
         packing = self.encoder.packing(tensors["lengths"])
+        if "marked" in tensors and self.perturbation is not None:
+            h = self.embedder(counts, library, partial(self.perturbation, tensors["marked"], packing))
+        else:
+            h = self.embedder(counts, library)
         neighbourhood = None
         if self.position is not None:
             h = h + self.position(self._coordinates(tensors))

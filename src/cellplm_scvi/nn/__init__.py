@@ -9,6 +9,7 @@ from ._growth import AddedCodes
 from ._latents import Latent, MixtureLatent, latent_space
 from ._masking import GeneMasking, PanelMasking
 from ._nb import GeneOutput, nb_expected_log1p, nb_negative_log_likelihood, softmax_nb_loss
+from ._perturbation import PerturbationHead, PerturbationMark
 from ._positions import Position, position_code
 from ._sparse import SparseCounts
 
@@ -25,6 +26,8 @@ __all__ = [
     "Neighbourhood",
     "Packing",
     "PanelMasking",
+    "PerturbationHead",
+    "PerturbationMark",
     "Position",
     "SparseCounts",
     "TransformerEncoder",

@@ -37,7 +37,8 @@ class _ByteDropout(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return _factors(*ctx.saved_tensors, ctx.threshold, grad.dtype).mul_(grad), None
+        (random_bytes,) = ctx.saved_tensors
+        return _factors(random_bytes, ctx.threshold, grad.dtype).mul_(grad), None
 
 
 def _factors(random_bytes: Tensor, threshold: int, dtype: torch.dtype) -> Tensor:

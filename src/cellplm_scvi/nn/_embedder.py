@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from ._dropout import Dropout
 from ._growth import with_rows
 from ._sparse import SparseCounts
+
+Mark = Callable[[SparseCounts, Tensor], Tensor]
 
 
 class GeneEmbedder(nn.Module):
@@ -56,7 +60,13 @@ class GeneEmbedder(nn.Module):
             values = values * scale[counts.rows]
         return counts.with_values(torch.log1p(values))
 
-    def forward(self, counts: SparseCounts, library: Tensor) -> Tensor:
-        """Embed cells: counts (n_cells, n_genes), library (n_cells,) -> (n_cells, n_hidden)."""
-        bag = self.expression(counts, library).matmul(self.weight)
+    def forward(self, counts: SparseCounts, library: Tensor, mark: Mark | None = None) -> Tensor:
+        """Embed cells: counts (n_cells, n_genes), library (n_cells,) -> (n_cells, n_hidden).
+
+        ``mark`` gives what to add to the bag of each cell, (n_cells, n_hidden), from its expression and the embeddings.
+        """
+        expression = self.expression(counts, library)
+        bag = expression.matmul(self.weight)
+        if mark is not None:
+            bag = bag + mark(expression, self.weight)
         return self.project(bag)
