@@ -57,7 +57,7 @@ def neighbours(model: dict[str, Any], seed: int) -> float:
 
 def rare_type(model: dict[str, Any], seed: int) -> float:
     """F1 of a type of 2% of the cells, from the labels of the 15 nearest cells of other samples in the embedding."""
-    adata = synthetic_tissues(3000, 150, 4, n_types=6, rare_share=0.02, type_effect=0.3, niche_effect=0.0, seed=seed)
+    adata = synthetic_tissues(3000, 150, 4, n_types=6, rare_share=0.02, type_effect=0.45, niche_effect=0.0, seed=seed)
     z = trained(adata, {"batch_key": "batch", "sample_key": "sample"}, 60, **model).get_latent_representation()
     types = adata.obs["cell_type"].astype(str)
     found = cross_val_predict(KNeighborsClassifier(15), z, types, groups=adata.obs["sample"], cv=LeaveOneGroupOut())

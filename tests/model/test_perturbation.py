@@ -57,7 +57,7 @@ def true_change(adata: AnnData, perturbation: str) -> pd.Series:
     controls = adata[(adata.obs["perturbation"] == "control").to_numpy()].copy()
     before = true_shares(controls).mean(axis="index")
     controls.obs["perturbation"] = perturbation
-    return np.log(true_shares(controls).mean(axis="index") / before)
+    return (true_shares(controls).mean(axis="index") / before).map(np.log)
 
 
 def controls(adata: AnnData) -> np.ndarray:

@@ -262,13 +262,13 @@ def test_genes_that_only_pre_training_knew_are_imputed(mixture_case: Any, publis
     assert list(found.columns) == genes
     assert np.isfinite(found.to_numpy()).all()
     measured = found[[gene for gene in genes if gene in set(panel.var_names)]]
-    np.testing.assert_allclose(measured.sum(1), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(measured.sum(axis=1), 1.0, rtol=1e-5)
     expected = model.get_normalized_expression()[measured.columns]
     np.testing.assert_allclose(measured, expected, rtol=1e-4)
     with torch.no_grad():
         z = torch.from_numpy(model.get_latent_representation())
         logits = model.module.decoder.output().log_shares(model.module.decoder(z, {}), None).exp().numpy()
     whole = pd.DataFrame(logits, index=found.index, columns=genes)
-    scale = whole[measured.columns].sum(1)
+    scale = whole[measured.columns].sum(axis=1)
     absent = [gene for gene in genes if gene not in set(panel.var_names)]
     np.testing.assert_allclose(found[absent], whole[absent].div(scale, axis=0), rtol=1e-3)
