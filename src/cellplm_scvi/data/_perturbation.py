@@ -132,6 +132,7 @@ def observed_changes(table: CellTable, pairs: ControlPairs) -> Changes:
             panels = np.unique(table.panel[np.concatenate([rows, pairs.controls[context]])])
             absent = ~table.measured[panels].all(0)
             change[i, absent], variance[i, absent] = 0.0, UNMEASURED
+        change[i] -= _typical(change[i], variance[i])
     for context, total in enumerate(base):
         here = np.flatnonzero(pairs.context == context)
         if here.size >= MIN_SHARED:
@@ -139,6 +140,17 @@ def observed_changes(table: CellTable, pairs: ControlPairs) -> Changes:
                 change[here], variance[here], phi / (total + PSEUDOCOUNT)
             )
     return Changes(change, variance)
+
+
+def _typical(change: np.ndarray, variance: np.ndarray) -> float:
+    """Median over genes of a change, weighted by precision.
+
+    A gene that takes over the library lowers the shares of all others. With this taken off, they have not changed, changes
+    of several perturbations may be added, and the sum of shares to 1 brings the fall back.
+    """
+    order = np.argsort(change)
+    weight = np.cumsum(1 / variance[order])
+    return float(change[order][np.searchsorted(weight, weight[-1] / 2)])
 
 
 def _without_shared_error(
