@@ -214,7 +214,7 @@ def planted(make_tissues, build, train) -> CellPLM:
     adata.X = x
     scvi.settings.seed = 0
     model = build(adata, encoder="mlp", latent="gaussian")
-    return train(model, max_epochs=40, plan_kwargs={"lr": 5e-3})
+    return train(model, max_epochs=80, plan_kwargs={"lr": 5e-3})
 
 
 @pytest.mark.parametrize("batch_correction", [False, True])
