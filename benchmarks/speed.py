@@ -145,7 +145,7 @@ def roofline(config: Path | None) -> Row:
     c = configuration(config)
     n, d, z, g = 1000, c["enc_hid"], c["post_latent_dim"], c["out_dim"]
     x = counts(n, g, DENSITY)
-    mixture = d * 512 + c["num_clusters"] * 512 * 2 * z
+    mixture = (d + c["num_clusters"]) * 512 + 512 * 2 * z  # in training, of the component that is drawn
     macs = {
         "bag of genes (2 passes)": x.nnz * d * 2 / 3,
         "projection": n * d * d,
