@@ -180,9 +180,7 @@ def test_a_killed_embedding_goes_on(corpus, model, tmp_path, killed_at_random, m
 def test_the_command(sections, tmp_path, capsys):
     sections.write_h5ad(tmp_path / "a.h5ad")
     folder = str(tmp_path / "corpus")
-    main(
-        ["corpus", "build", folder, f'["{tmp_path / "a.h5ad"}"]', "--sample_key", "sample", "--spatial_key", "spatial"]
-    )
+    main(["corpus", "build", folder, str(tmp_path / "a.h5ad"), "--sample_key", "sample", "--spatial_key", "spatial"])
     main(["corpus", "info", folder])
     said = capsys.readouterr().out
     assert "cells: 90" in said

@@ -113,8 +113,10 @@ def main(args: Sequence[str] | None = None) -> None:
     corpus = ArgumentParser(description="Build or describe a corpus on disk.")
     commands.add_subcommand("corpus", corpus)
     actions = corpus.add_subcommands(required=True, dest="action")
-    for function in (build, info):
-        actions.add_subcommand(function.__name__, _parser(ArgumentParser, function, as_positional=True))
+    builder = _parser(ArgumentParser, build, as_positional=True, skip={"sources"})
+    builder.add_argument("sources", nargs="+", type=str, help="Paths of .h5ad files and .zarr folders.")
+    actions.add_subcommand("build", builder)
+    actions.add_subcommand("info", _parser(ArgumentParser, info, as_positional=True))
     commands.add_subcommand("pretrain", _parser(ArgumentParser, pretrain, skip={"callbacks"}))
     commands.add_subcommand("embed", _parser(ArgumentParser, embed, as_positional=True))
     if len(given) > 1 and given[0] == "pretrain" and not given[1].startswith("-"):
