@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -157,3 +158,22 @@ def test_normalised_input_does_not_depend_on_depth():
     raw = GeneEmbedder(5, 8, None).eval()
     assert not torch.allclose(raw(counts, counts.sum()), raw(deep, deep.sum()))
     torch.testing.assert_close(raw.expression(counts, counts.sum()).values, counts.values.log1p())
+
+
+@pytest.mark.parametrize("width", [64, 65, 200])
+def test_bags_by_columns_are_bags_at_once(monkeypatch, width):
+    """A table larger than the cache is taken in parts, to the same numbers, forwards and backwards."""
+    x = sp.random(30, 40, 0.3, format="csr", random_state=0, dtype=np.float32)
+    counts = SparseCounts(
+        torch.from_numpy(x.data), torch.from_numpy(x.indices).long(), torch.from_numpy(x.indptr).long(), 40
+    )
+    table = torch.randn(40, width, requires_grad=True)
+    results = []
+    for entries in (1 << 30, 1):
+        monkeypatch.setattr("cellplm_scvi.nn._sparse.CACHE_ENTRIES", entries)
+        table.grad = None
+        product = counts.matmul(table)
+        product.square().sum().backward()
+        results.append((product.detach(), table.grad.clone()))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(results[0][0], torch.from_numpy(x.toarray()) @ table.detach(), rtol=1e-4, atol=1e-5)
