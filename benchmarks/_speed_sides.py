@@ -195,4 +195,5 @@ def growth_embedding(n_cells: int, kind: str) -> Work:
     CellPLM.setup_anndata(adata, sample_key="batch", **keys)
     # the same model at every size; what it learned does not change its time
     model = CellPLM(adata, n_hidden=128, n_layers=2, n_latent=32)
+    model.is_trained_ = True
     return model.get_latent_representation
