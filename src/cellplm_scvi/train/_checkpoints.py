@@ -132,10 +132,12 @@ class StepLog(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the means since the last line."""
+        if not trainer.is_global_zero:
+            return
         self._loss.append(outputs["loss"].detach() if isinstance(outputs, dict) else outputs.detach())
         self._cells += batch["library"].shape[0]
         step = trainer.global_step
-        if step - self._logged < self.every_n_steps or not trainer.is_global_zero:
+        if step - self._logged < self.every_n_steps:
             return
         now = time.perf_counter()
         scale = trainer.accumulate_grad_batches  # Lightning hands out the loss divided by it
