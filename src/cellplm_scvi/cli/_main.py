@@ -123,10 +123,10 @@ def main(args: Sequence[str] | None = None) -> None:
         given.insert(1, "--config")
     found: Any = parser.parse_args(given)
     chosen: Any = found[found.command]
+    functions: dict[str, Any] = {"build": build, "info": info, "pretrain": pretrain, "embed": embed}
+    function = functions[found.command if found.command != "corpus" else chosen.action]
     if found.command == "corpus":
-        chosen, function = chosen[chosen.action], {"build": build, "info": info}[chosen.action]  # type: ignore[assignment]
-    else:
-        function = {"pretrain": pretrain, "embed": embed}[found.command]  # type: ignore[assignment]
+        chosen = chosen[chosen.action]
     arguments = chosen.as_dict()
     arguments.pop("config", None)
     function(**arguments)
