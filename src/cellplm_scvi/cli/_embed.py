@@ -119,7 +119,7 @@ def _embed_rows(
     network: CellPLM, data: CorpusDataModule, work: Path, batch_size: int | None, progress: bool, *, by_source: bool
 ) -> None:
     """Fill ``embedding.npy``, (n_cells, n_latent); ``progress.json`` says how many minibatches are in it."""
-    size = batch_size or default_inference_batch_size(network.module.n_hidden)
+    size = batch_size or default_inference_batch_size(network.module.n_hidden, network.module.device.type)
     loader = data.inference_dataloader(batch_size=size).serve(network)
     units = loader.units()
     note, file = work / "progress.json", work / "embedding.npy"

@@ -34,8 +34,10 @@ def default_max_epochs(n_cells: int, n_batches: int) -> int:
     return max(1, min(400, math.ceil(n_steps / max(n_batches, 1))))
 
 
-def default_inference_batch_size(n_hidden: int) -> int:
-    """Cells that the encoder takes at once: about a quarter of a gigabyte of activations."""
+def default_inference_batch_size(n_hidden: int, device_type: str) -> int:
+    """Cells that the encoder takes at once: tensors that stay in a CPU's cache, or a quarter of a gigabyte elsewhere."""
+    if device_type == "cpu":
+        return max(1024, min(4096, 2**18 // n_hidden))
     return max(256, min(8192, 2**26 // (16 * n_hidden)))
 
 

@@ -99,7 +99,7 @@ class EmbeddingMixin:
             table,
             self._spatial_inputs,
             rows,
-            batch_size=batch_size or default_inference_batch_size(self.module.n_hidden),
+            batch_size=batch_size or default_inference_batch_size(self.module.n_hidden, self.module.device.type),
             max_context=self.module.max_context,
         )
         empty = 0

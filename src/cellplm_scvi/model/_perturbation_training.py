@@ -251,7 +251,7 @@ class PerturbationTrainingMixin:
             table,
             self._spatial_inputs,  # type: ignore[attr-defined]
             rows,
-            batch_size=batch_size or default_inference_batch_size(self.module.n_hidden),
+            batch_size=batch_size or default_inference_batch_size(self.module.n_hidden, self.module.device.type),
             max_context=self.module.max_context,
             pool=pool,
         )
