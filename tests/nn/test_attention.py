@@ -110,7 +110,7 @@ def test_heads_must_divide_the_width(kind):
 
 def neighbourhood(n: int, k: int, seed: int) -> Neighbourhood:
     generator = torch.Generator().manual_seed(seed)
-    index = torch.randint(-1, n, (n, k), generator=generator)
+    index = torch.randint(-1, max(n, 1), (n, k), generator=generator)
     return Neighbourhood(index, torch.rand(n, k, generator=generator) * 3)
 
 
@@ -130,6 +130,16 @@ def test_local_attention_is_the_formula(n, k, seed):
                 logits = keys[others, head] @ q[cell, head] / 2 - far * attention.log_slope[head].exp()
                 mixed[cell, head] = logits.softmax(0) @ v[others, head]
     assert torch.allclose(found, attention.out(mixed.flatten(1)), atol=1e-5)
+
+
+@pytest.mark.parametrize("n_cells", [0, 1, 13])
+def test_local_attention_by_parts_is_that_of_the_whole(n_cells, monkeypatch):
+    attention = LocalAttention(8, 2).eval()
+    x, near = rows(n_cells), neighbourhood(n_cells, 3, 0)
+    whole = attention(x, near)
+    monkeypatch.setattr("cellplm_scvi.nn._attention.CACHE_ENTRIES", 4 * 3 * 8 * 2)  # two cells at a time
+    with torch.no_grad():
+        assert torch.equal(attention(x, near), whole)
 
 
 @given(st.integers(2, 20), st.integers(1, 6), st.integers(0, 1000))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._dropout import dropout
+from ._sparse import CACHE_ENTRIES
 
 EPS = 1e-6
 
@@ -142,6 +143,10 @@ class Neighbourhood:
         picked = rows.index_select(0, self.index.clamp_min(0).flatten())
         return picked.view(*self.index.shape, *rows.shape[1:])
 
+    def split(self, n_cells: int) -> list[Neighbourhood]:
+        """Parts for ``n_cells`` cells each, whose neighbours are still rows of the whole."""
+        return [Neighbourhood(*part) for part in zip(self.index.split(n_cells), self.distance.split(n_cells), strict=True)]
+
 
 class Attention(nn.Module, ABC):
     """Multi-head attention over packed samples."""
@@ -269,11 +274,22 @@ class LocalAttention(Attention):
     def forward(self, x: Tensor, neighbourhood: Neighbourhood) -> Tensor:
         """(n_cells, n_hidden) -> (n_cells, n_hidden)."""
         q, k, v = self.heads(x)
-        k, v = neighbourhood.gather(k), neighbourhood.gather(v)  # (n_cells, k, n_heads, d_head)
+        if x.device.type == "cpu" and not torch.is_grad_enabled():
+            # each cell brings k neighbours: so many cells at a time that these fit the cache
+            size = max(1, CACHE_ENTRIES // 4 // max(neighbourhood.index.shape[1] * x.shape[1], 1))
+            k, v = k.contiguous(), v.contiguous()
+            parts = zip(q.split(size), neighbourhood.split(size), strict=True)
+            mixed = torch.cat([self._mix(rows, k, v, near) for rows, near in parts])
+        else:
+            mixed = self._mix(q, k, v, neighbourhood)
+        return self.dropped(self.out(mixed.flatten(1)))
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, near: Neighbourhood) -> Tensor:
+        """Weighted mean of the neighbours' values for each row of ``q``, (n_rows, n_heads, d_head)."""
+        k, v = near.gather(k), near.gather(v)  # (n_rows, k, n_heads, d_head)
         logits = (q[:, None] * k).sum(-1).float() / q.shape[-1] ** 0.5
-        logits = logits - neighbourhood.distance[..., None] * self.log_slope.exp()
-        present = neighbourhood.present[..., None]
+        logits = logits - near.distance[..., None] * self.log_slope.exp()
+        present = near.present[..., None]
         # A finite fill keeps rows without any neighbour free of NaN; the product with `present` makes them zero.
         weights = logits.masked_fill(~present, -1e4).softmax(1) * present
-        mixed = (weights.to(v.dtype)[..., None] * v).sum(1)
-        return self.dropped(self.out(mixed.flatten(1)))
+        return (weights.to(v.dtype)[..., None] * v).sum(1)
