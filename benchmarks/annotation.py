@@ -154,15 +154,22 @@ def cellplm(adata: ad.AnnData, task: Task, seed: int, args: argparse.Namespace) 
     """Return a CellPLM trained on all cells; as no label takes part, folds share it."""
     from cellplm_scvi import CellPLM
 
-    if (task, seed) not in TRAINED:
+    if (task, seed) in TRAINED:
+        return TRAINED[task, seed]
+    kept = args.models / f"{task.file}-{seed}" if args.models else None
+    own = adata.copy()
+    if kept and kept.is_dir():
+        model = CellPLM.load(kept, adata=own, accelerator=args.accelerator)
+    else:
         seed_everything(seed, args.threads)
-        own = adata.copy()
         CellPLM.setup_anndata(own, batch_key="batch", **({"spatial_key": "spatial"} if task.spatial else {}))
         model = CellPLM(own, **args.cellplm_kwargs)
         model.train(**{**options(args), **args.train_kwargs})
-        TRAINED.clear()
-        TRAINED[task, seed] = model
-    return TRAINED[task, seed]
+        if kept:
+            model.save(kept)
+    TRAINED.clear()
+    TRAINED[task, seed] = model
+    return model
 
 
 def options(args: argparse.Namespace) -> dict[str, Any]:
@@ -254,6 +261,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--cellplm-kwargs", type=json.loads, default={}, help="JSON for CellPLM(adata, ...)")
     parser.add_argument("--train-kwargs", type=json.loads, default={}, help="JSON for CellPLM.train(...)")
+    parser.add_argument("--models", type=Path, help="folder where trained CellPLMs are kept and taken from")
     parser.add_argument("--scvi-epochs", type=int, default=None)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--accelerator", default="cpu")

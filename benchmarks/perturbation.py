@@ -15,7 +15,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -47,14 +47,15 @@ class Task:
         Control cells.
     truth
         Perturbed cells by name of the perturbation.
-    name
-        Of what is predicted, by name of the perturbation; the name itself where that is enough.
+    where, name
+        Cell type in which it is predicted, where that is the question, and name of the task.
     """
 
     train: ad.AnnData
     start: ad.AnnData
     truth: dict[str, ad.AnnData]
     where: str = ""
+    name: str = ""
 
     @cached_property
     def scale(self) -> float:
@@ -243,9 +244,15 @@ def cellplm(task: Task, seed: int, args: argparse.Namespace) -> dict[str, np.nda
         control_category=CONTROL,
         size_factor_key="library",
     )
-    model = CellPLM(train, **args.cellplm_kwargs)
-    defaults = {"accelerator": args.accelerator, "devices": 1, "enable_progress_bar": False}
-    model.train(**{**defaults, **args.train_kwargs})
+    kept = args.models / f"{task.name}-{seed}-{task.where}" if args.models else None
+    if kept and kept.is_dir():
+        model = CellPLM.load(kept, adata=train, accelerator=args.accelerator)
+    else:
+        model = CellPLM(train, **args.cellplm_kwargs)
+        defaults = {"accelerator": args.accelerator, "devices": 1, "enable_progress_bar": False}
+        model.train(**{**defaults, **args.train_kwargs})
+        if kept:
+            model.save(kept)
     model.train_perturbation(progress_bar=False, **args.perturbation_kwargs)
     start = task.start.copy()
     before = task.log_mean(model.get_normalized_expression(start).to_numpy().mean(0))
@@ -339,7 +346,7 @@ def run(args: argparse.Namespace, results: ResultFile) -> None:
                 }  # fmt: skip
                 if any({**identity, "effect": effect} in results for effect in ("real", "null")):
                     continue
-                tasks = tasks or TASKS[name](args.data, seed)
+                tasks = tasks or [replace(task, name=name) for task in TASKS[name](args.data, seed)]
                 start = time.perf_counter()
                 predicted = [METHODS[method](task, seed, args) for task in tasks]
                 seconds = round(time.perf_counter() - start, 1)
@@ -375,6 +382,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--cellplm-kwargs", type=json.loads, default={}, help="JSON for CellPLM(adata, ...)")
     parser.add_argument("--train-kwargs", type=json.loads, default={}, help="JSON for CellPLM.train(...)")
     parser.add_argument("--perturbation-kwargs", type=json.loads, default={}, help="JSON for train_perturbation(...)")
+    parser.add_argument("--models", type=Path, help="folder where trained CellPLMs are kept and taken from")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--accelerator", default="cpu")
     parser.add_argument("--contended", action="store_true", help="note that other programs ran: times are not final")

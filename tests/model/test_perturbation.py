@@ -13,7 +13,7 @@ from cellplm_scvi.data import synthetic_tissues, true_shares
 from cellplm_scvi.data._loader import CellDataset, MinibatchRows, SpatialInputs
 from cellplm_scvi.data._perturbation import elements_of, observed_changes, pair_with_controls
 from cellplm_scvi.data._table import CellTable
-from cellplm_scvi.model._perturbation_fit import fit_process, trusted
+from cellplm_scvi.model._perturbation_fit import common_change, fit_process, trusted
 
 QUIET = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False}
 SIZES = {"n_hidden": 16, "n_layers": 1, "n_heads": 2, "n_latent": 4, "n_components": 2}
@@ -126,7 +126,7 @@ def test_nothing_changes_where_nothing_was_found(adata):
 
 def test_before_anything_is_learned_no_change_is_predicted_exactly(model, adata):
     copy = fit(adata)
-    for name in ("weights", "expected", "trust"):
+    for name in ("weights", "common", "expected", "trust"):
         getattr(copy.module.perturbation, name).zero_()
     assert (copy.get_perturbation_effect(["gene3", *adata.uns["perturbed_genes"]])["lfc_mean"] == 0).all()
 
@@ -256,6 +256,22 @@ def test_shrinkage_beats_the_observation_where_few_genes_change():
     error = ((estimate - truth) ** 2).mean()
     assert error < 0.4 * ((observed[:3] - truth) ** 2).mean()
     assert 0.5 * error < found.variance.mean() < 3 * error
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_perturbations_have_in_common_is_expected_of_a_further_one(shared):
+    rng = np.random.default_rng(0)
+    own = np.where(rng.random((12, 400)) < 0.1, rng.normal(0, 1, (12, 400)), 0.0)
+    together = np.where(np.arange(400) < 40, 0.4, 0.0) * shared
+    variance = rng.uniform(0.01, 0.1, own.shape)
+    observed = own + together + rng.normal(size=own.shape) * np.sqrt(variance)
+    found = common_change(observed, variance)
+    if shared:
+        assert found[:40].mean() > 0.25
+        assert ((found - together) ** 2).mean() < ((observed.mean(0) - together) ** 2).mean()
+    assert np.abs(found[40:]).mean() < 0.3 * np.abs(observed.mean(0)[40:]).mean()
+    # nothing is known of what was not measured
+    assert (common_change(np.zeros_like(observed), np.full_like(variance, 1e6)) == 0).all()
 
 
 def test_predictions_that_do_not_generalise_are_not_trusted():

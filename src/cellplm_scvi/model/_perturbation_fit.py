@@ -195,6 +195,29 @@ def _posterior(
     return weights, np.maximum(second - mean**2, 0.0)
 
 
+def common_change(change: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    r"""Change that a further perturbation is expected to make, from what perturbations have in common, (n_genes,).
+
+    A random-effects mean: with the variance :math:`\tau_g^2` between perturbations (DerSimonian and Laird 1986), the mean with
+    weights :math:`1 / (v_{pg} + \tau_g^2)` has the variance :math:`1 / \sum_p` of these, and is shrunk over genes as changes of
+    single perturbations are: where they agree in nothing, nothing is expected.
+
+    Parameters
+    ----------
+    change, variance
+        Of each perturbation, (n_perturbations, n_genes).
+    """
+    weight = 1 / variance
+    total = weight.sum(0)
+    excess = (weight * (change - (weight * change).sum(0) / total) ** 2).sum(0) - (len(change) - 1)
+    between = np.maximum(excess / np.maximum(total - (weight**2).sum(0) / total, 1e-12), 0.0)
+    weight = 1 / (variance + between)
+    mean, error = (weight * change).sum(0) / weight.sum(0), 1 / weight.sum(0)
+    whole = SCALES**2 + error[:, None]
+    _, probability = _mixture(-0.5 * (np.log(whole) + mean[:, None] ** 2 / whole))
+    return mean * (probability * SCALES**2 / whole).sum(1)
+
+
 def trusted(
     change: np.ndarray,
     variance: np.ndarray,

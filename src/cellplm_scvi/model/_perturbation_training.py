@@ -25,12 +25,14 @@ from cellplm_scvi.nn import PerturbationHead, PerturbationMark
 
 from ._defaults import default_inference_batch_size
 from ._embedding import fixed_draws
-from ._perturbation_fit import fit_process, trusted
+from ._perturbation_fit import common_change, fit_process, trusted
 from ._perturbation_marks import MIN_ELEMENTS, MarkTraining, pad
 
 if TYPE_CHECKING:
     from cellplm_scvi.module import CellPLMModule
 
+#: times that some perturbations are left out to see what the others say of them
+MAX_LEFT_OUT = 20
 #: range of what marks, the perturbed gene itself, and slopes on it count for
 TRUST_BOUNDS = [(0.0, 1.0), (-5.0, 5.0), (-5.0, 5.0)]
 
@@ -169,23 +171,31 @@ class PerturbationTrainingMixin:
         elements[elements < 0] = module.n_genes + np.arange((elements < 0).sum())
         head.elements.copy_(torch.from_numpy(elements))
         head.covariance.copy_(self._decoder_covariance(table, pairs))
-        expected, trust = np.zeros((len(names), module.n_genes)), np.zeros(len(head.trust))
+        common, expected = np.zeros(module.n_genes), np.zeros((len(names), module.n_genes))
+        trust = np.zeros(len(head.trust))
         if len(names) >= MIN_ELEMENTS:
-            dataset = CellDataset(table, self._spatial_inputs, _nearest(table, self._spatial_inputs, controls))  # type: ignore[attr-defined]
-            marked = pad([elements[np.flatnonzero(row)].tolist() for row in membership])
-            training = MarkTraining(
-                module, dataset, pairs, changes, marked, n_steps, lr, settings.seed or 0, progress_bar
-            )
-            predictions = np.stack([training.cross_fit(elements), *self._of_genes(elements)])
             alone = [np.flatnonzero(membership[:, i] & (membership.sum(1) == 1)) for i in range(len(names))]
             judged = [i for i, rows in enumerate(alone) if rows.size]
             observed, variance = (
                 np.array([_pooled(changes, alone[i])[k] for i in judged]).reshape(len(judged), -1) for k in (0, 1)
             )
-            trust = trusted(observed, variance, predictions[:, judged], TRUST_BOUNDS)
+            by_others = np.zeros_like(observed)
+            if len(judged) >= MIN_ELEMENTS:
+                common = common_change(observed, variance)
+                fold = np.arange(len(judged)) % MAX_LEFT_OUT
+                for f in np.unique(fold):
+                    by_others[fold == f] = common_change(observed[fold != f], variance[fold != f])
+            dataset = CellDataset(table, self._spatial_inputs, _nearest(table, self._spatial_inputs, controls))  # type: ignore[attr-defined]
+            marked = pad([elements[np.flatnonzero(row)].tolist() for row in membership])
+            beyond = Changes(changes.change - common, changes.variance)
+            training = MarkTraining(
+                module, dataset, pairs, beyond, marked, n_steps, lr, settings.seed or 0, progress_bar
+            )
+            predictions = np.stack([training.cross_fit(elements), *self._of_genes(elements)])
+            trust = trusted(observed - by_others, variance, predictions[:, judged], TRUST_BOUNDS)
             expected = np.tensordot(trust, predictions, 1)
         # a pair is expected to do what its elements do
-        residual = changes.change - membership.astype(np.float64) @ expected
+        residual = changes.change - common - membership.astype(np.float64) @ expected
         fit = fit_process(residual, changes.variance, membership, (codes - centre) / unit)
         n_elements = membership.sum(1, keepdims=True)
         spread = np.maximum(residual**2 - changes.variance, 0.0) / n_elements
@@ -194,6 +204,7 @@ class PerturbationTrainingMixin:
             "weights": fit.weights,
             "places": codes,
             "centre": centre,
+            "common": common,
             "expected": expected,
             "variance": fit.variance,
             "new_variance": spread.mean(0),

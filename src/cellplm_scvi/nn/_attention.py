@@ -145,7 +145,9 @@ class Neighbourhood:
 
     def split(self, n_cells: int) -> list[Neighbourhood]:
         """Parts for ``n_cells`` cells each, whose neighbours are still rows of the whole."""
-        return [Neighbourhood(*part) for part in zip(self.index.split(n_cells), self.distance.split(n_cells), strict=True)]
+        return [
+            Neighbourhood(*part) for part in zip(self.index.split(n_cells), self.distance.split(n_cells), strict=True)
+        ]
 
 
 class Attention(nn.Module, ABC):

@@ -26,12 +26,13 @@ class PerturbationHead(nn.Module):
     attenuation for several, the change in a cell with latent code :math:`z` is
 
     .. math::
-        \Delta_p(z) = \sum_{e \in p} m_e + \sum_o k_{po}\, (1 + r\,(z - \bar z) \cdot (z_o - \bar z))\, \alpha_o
+        \Delta_p(z) = m_0 + \sum_{e \in p} m_e + \sum_o k_{po}\, (1 + r\,(z - \bar z) \cdot (z_o - \bar z))\, \alpha_o
 
     over the elements seen in training. :math:`\alpha_o`, (n_genes,), are the weights of a Gaussian process, one for each
     observed change :math:`o` of a perturbation in a context with mean code :math:`z_o`;
-    :math:`k_{po} = s_p s_o |p \cap o|`, plus ``interaction`` where :math:`o` is of the same several elements. :math:`m_e`
-    is what elements held out in training led to expect of :math:`e`. Elements that were never seen change
+    :math:`k_{po} = s_p s_o |p \cap o|`, plus ``interaction`` where :math:`o` is of the same several elements. :math:`m_0`
+    is what perturbations have in common, :math:`m_e` what elements held out in training led to expect of :math:`e` beyond
+    that. Elements that were never seen change
 
     .. math::
         \lambda_1 W A (h(\text{mark}) - h) + \lambda_2 1_{g = e} + \lambda_3 \mathrm{cov}(\ell_g, \ell_e) / \mathrm{var}(\ell_e)
@@ -58,6 +59,7 @@ class PerturbationHead(nn.Module):
     weights: Tensor
     places: Tensor
     centre: Tensor
+    common: Tensor
     expected: Tensor
     variance: Tensor
     new_variance: Tensor
@@ -92,6 +94,7 @@ class PerturbationHead(nn.Module):
             "weights": torch.zeros(n_observations, n_genes),
             "places": torch.zeros(n_observations, n_latent),
             "centre": torch.zeros(n_latent),
+            "common": torch.zeros(n_genes),
             "expected": torch.zeros(n_elements, n_genes),
             "variance": torch.zeros(n_elements, n_genes),
             "new_variance": torch.zeros(n_genes),
@@ -193,8 +196,11 @@ class PerturbationHead(nn.Module):
         return self.scale(n_elements) * scale * common + self.interaction * same
 
     def seen(self, z: Tensor, known: Tensor, n_elements: int) -> Tensor:
-        """Change of log shares by the elements that training cells had, (n_cells, n_genes); z is (n_cells, n_latent)."""
-        change = self.expected[known].sum(0).expand(z.shape[0], -1)
+        """Change of log shares by the elements that training cells had, and by perturbation as such, (n_cells, n_genes).
+
+        ``z`` is (n_cells, n_latent).
+        """
+        change = (self.common + self.expected[known].sum(0)).expand(z.shape[0], -1)
         k = self.kernel(known, n_elements)
         near = k.nonzero()[:, 0]
         if near.numel():
@@ -203,7 +209,7 @@ class PerturbationHead(nn.Module):
         return change
 
     def unseen(self, difference: Tensor, element: Tensor, output_weight: Tensor) -> Tensor:
-        """Change of log shares by an element that no training cell had, (n_cells, n_genes).
+        """Change of log shares by an element that no training cell had, beyond that by any, (n_cells, n_genes).
 
         ``difference`` is what its mark changes in hidden states, (n_cells, n_hidden).
         """
