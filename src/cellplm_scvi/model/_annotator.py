@@ -157,7 +157,7 @@ class CellPLMAnnotator(CellPLM):
         """Learn the classes; called again, it goes on from the present weights.
 
         With the backbone frozen, cross-validation over samples (over random cells where all labels are of one sample)
-        chooses features and penalty by macro-F1, with the same weight for all classes. The predictions for held-out
+        chooses features and penalty by macro-F1; a class weighs as the square root of its number of cells. The predictions for held-out
         samples calibrate the probabilities (one temperature, Guo et al. 2017) and the distances by which
         :meth:`predict` leaves cells unknown.
 
