@@ -74,6 +74,23 @@ def test_the_own_library(model, adata, known):
 
 def test_imputed_genes_follow_the_truth(model, adata, known):
     """Over the cells of the sections, better than chance for most genes that these did not measure."""
+    check_imputation(model, adata, known)
+
+
+def test_a_model_of_the_reference_learns_the_panels_that_it_goes_on_with(adata, known):
+    reference = adata[adata.obs["dataset"] != "spatial"].copy()
+    CellPLM.setup_anndata(reference, batch_key="batch", dataset_key="dataset", sample_key="sample")
+    options = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False, "batch_size": 64, "train_size": 1.0}
+    options["plan_kwargs"] = {"lr": 5e-3}
+    first = CellPLM(reference, n_hidden=32, n_latent=6, n_layers=1, n_components=4)
+    first.train(10, **options)
+    keys = {name: key for name, key in KEYS.items() if name not in ("platform_key", "spatial_key")}
+    model = CellPLM.from_pretrained(first, adata, new_categories="add", **keys)
+    model.train(15, **options)
+    check_imputation(model, adata, known)
+
+
+def check_imputation(model: CellPLM, adata: AnnData, known: np.ndarray) -> None:
     section = (adata.obs["dataset"] == "spatial").to_numpy()
     genes = np.flatnonzero(~known[section][0])
     imputed = np.log(model.get_imputed_expression().to_numpy()[section][:, genes])

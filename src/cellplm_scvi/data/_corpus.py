@@ -73,15 +73,12 @@ class StartingPoint:
         Counts of each gene in each batch, (n_batches, n_genes), or ``None`` where that is too large.
     library
         Share of the library that these genes hold.
-    panels
-        Genes that each data set measured, (n_datasets, n_genes), or ``None`` for all by all.
     """
 
     target_sum: float
     gene_totals: np.ndarray
     batch_totals: np.ndarray | None
     library: float
-    panels: np.ndarray | None
 
 
 class CorpusRegistry(dict):
@@ -228,7 +225,6 @@ class Corpus:
             totals,
             by_batch,
             min(1.0, cells["total"].sum(dtype=np.float64) / library.sum(dtype=np.float64)),
-            self.panels,
         )
 
     @property

@@ -161,11 +161,11 @@ class CellPLM(
         sizes |= {"n_neighbours": n_neighbours} | ({"n_niche": n_niche} if n_niche else {})
         check_sizes(**sizes)
         categories = self._reference_sizes()
-        target_sum, gene_shares, fold_changes, panels = 1e4, None, None, None
+        target_sum, gene_shares, fold_changes = 1e4, None, None
         if adata is not None:
-            target_sum, gene_shares, fold_changes, panels = self._from_counts()
+            target_sum, gene_shares, fold_changes = self._from_counts()
         elif isinstance(registry, CorpusRegistry):
-            target_sum, gene_shares, fold_changes, panels = from_statistics(registry.corpus.starting_point())
+            target_sum, gene_shares, fold_changes = from_statistics(registry.corpus.starting_point())
         if fold_changes is not None and len(fold_changes) != categories[c.BATCH_KEY]:
             fold_changes = None  # a saved model that meets other batches, and whose weights are loaded in a moment
         n_dims = states[c.COORDINATES_KEY]["n_dims"] if c.COORDINATES_KEY in states else 0
@@ -193,7 +193,6 @@ class CellPLM(
             batch_fold_changes=fold_changes,
             rest=c.SIZE_FACTOR_KEY in states,
             max_context=max_context,
-            panels=panels,
         )
         self._add_categories()
         n_samples = len(states[c.SAMPLE_KEY]["categorical_mapping"])
@@ -211,8 +210,8 @@ class CellPLM(
         """Parts of the module that were added after it was built; models built on this one add theirs."""
         self._add_perturbation()
 
-    def _from_counts(self) -> tuple[float, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Median library size, share of each gene in all counts, log fold changes of each batch from them, gene panels."""
+    def _from_counts(self) -> tuple[float, torch.Tensor, torch.Tensor | None]:
+        """Median library size, share of each gene in all counts, log fold changes of each batch from them."""
         table = CellTable.from_manager(self.adata_manager)
         check_totals(table)
         library = table.totals if table.size_factor is None else table.size_factor
@@ -223,7 +222,6 @@ class CellPLM(
                 gene_totals=by_batch.sum(0),
                 batch_totals=by_batch,
                 library=min(1.0, table.totals.sum() / library.sum(dtype=np.float64)),
-                panels=table.measured,
             )
         )
 
@@ -374,8 +372,8 @@ class CellPLM(
 
 def from_statistics(
     start: StartingPoint,
-) -> tuple[float, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Median library size, share of each gene in all counts, log fold changes of each batch from them, gene panels."""
+) -> tuple[float, torch.Tensor, torch.Tensor | None]:
+    """Median library size, share of each gene in all counts, log fold changes of each batch from them."""
     shares = smoothed_shares(start.gene_totals)
     fold_changes = None
     if start.batch_totals is not None:
@@ -385,7 +383,6 @@ def from_statistics(
         # of the library, these genes may hold a part only
         torch.from_numpy(shares * start.library).float(),
         fold_changes,
-        None if start.panels is None else torch.from_numpy(start.panels),
     )
 
 

@@ -97,8 +97,9 @@ class TrainingMixin:
         if isinstance(data, CorpusDataModule):
             data.serve(self)  # type: ignore[arg-type]
             data.accumulate = trainer_kwargs.get("accumulate_grad_batches", 1)
-            if data.cells.measured is not None:
-                self.module.panels = torch.from_numpy(data.cells.measured).to(self.module.device)
+        if isinstance(data, CorpusDataModule | SampleSplitter):
+            measured = data.cells.measured if isinstance(data, CorpusDataModule) else data.table.measured
+            self.module.panels = None if measured is None else torch.from_numpy(measured).to(self.module.device)
         if max_epochs is None:
             if not isinstance(data, SampleSplitter):
                 raise ValueError("Pass max_epochs together with datamodule.")

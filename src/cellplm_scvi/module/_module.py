@@ -65,10 +65,9 @@ class CellPLMModule(BaseModuleClass):
         Whether the library size also counts genes that are not modelled.
     max_context
         Most cells that see each other at inference.
-    panels
-        Genes that each data set measured, (n_panels, n_genes), boolean, where they differ.
     """
 
+    #: genes that each data set measured, (n_panels, n_genes), boolean, where they differ
     panels: Tensor | None
     #: marks of perturbed genes and what they change, once that is trained
     perturbation: PerturbationHead | None
@@ -97,7 +96,6 @@ class CellPLMModule(BaseModuleClass):
         batch_fold_changes: Tensor | None = None,
         rest: bool = False,
         max_context: int = 8192,
-        panels: Tensor | None = None,
     ):
         super().__init__()
         self.perturbation = None
@@ -106,8 +104,8 @@ class CellPLMModule(BaseModuleClass):
         self.gene_likelihood = "nb"
         self.masking = masking
         self.panel_masking = PanelMasking() if masking is not None else None
-        # of the data that it trains on, so not part of the weights
-        self.register_buffer("panels", panels, persistent=False)
+        # of the data that it trains on, so not part of the weights; `train` sets them
+        self.register_buffer("panels", None, persistent=False)
         self.spatial = n_spatial_dims > 0
         local = self.spatial and position == "local"
         self.n_neighbours = n_neighbours if local else 0

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from scvi.module.base import BaseModuleClass
 from torch import Tensor
 
-from cellplm_scvi.nn import GeneMasking
+from cellplm_scvi.nn import GeneMasking, PanelMasking
 from cellplm_scvi.nn.published import PublishedConfig, PublishedNetwork
 
 from ._module import CellPLMModule
@@ -38,7 +38,8 @@ class PublishedModule(CellPLMModule):
         self.max_context = max_context
         self.gene_likelihood = "nb"
         self.masking = published_masking(config)
-        self.panel_masking = self.panels = None
+        self.panel_masking = PanelMasking() if self.masking is not None else None
+        self.register_buffer("panels", None, persistent=False)
         self.spatial = self.absolute_position = False
         self.n_neighbours = 0
         network = PublishedNetwork(config)
