@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch._dynamo.testing import CompileCounter
 
 from cellplm_scvi import CellPLM
@@ -47,3 +48,18 @@ def test_training_compiles_and_results_do_not_depend_on_it(tmp_path):
         torch.from_numpy(loaded.get_latent_representation()), torch.from_numpy(model.get_latent_representation())
     )
     assert compiler.frame_count == n_compiled
+
+
+def test_training_that_stops_leaves_nothing_compiled():
+    adata = synthetic_tissues(n_samples=2, n_cells=60, n_genes=30, seed=0)
+    CellPLM.setup_anndata(adata, sample_key="sample")
+    model = CellPLM(adata, n_hidden=16, n_layers=1, n_latent=4, n_heads=2)
+    plan = {"compile": True, "compile_kwargs": {"backend": CompileCounter()}}
+    with pytest.raises(RuntimeError, match="enough"):
+        model.train(max_epochs=1, accelerator="cpu", plan_kwargs=plan, enable_progress_bar=False, callbacks=[Stop()])
+    assert model.module.encoder._compiled_call_impl is None
+
+
+class Stop(Callback):
+    def on_train_batch_end(self, *args: object) -> None:
+        raise RuntimeError("enough")

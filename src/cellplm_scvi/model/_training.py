@@ -124,7 +124,7 @@ class TrainingMixin:
         if isinstance(self.module.latent, MixtureLatent) and not self.is_trained_:  # type: ignore[attr-defined]
             step = None if n_steps is None else n_steps // 3
             callbacks.append(PlaceMixtureComponents(epoch=max_epochs // 3, step=step))
-        with frozen(self.module, freeze), self._history_kept():
+        with frozen(self.module, freeze), self._history_kept(), self._compiled_at_most_here():
             # loading leaves a module in evaluation mode, and Lightning trains in the mode that it finds
             self.module.train()
             self._train_runner_cls(
@@ -167,6 +167,14 @@ class TrainingMixin:
             yield
         finally:
             self.is_trained_ = self.is_trained_ or was_trained
+
+    @contextmanager
+    def _compiled_at_most_here(self) -> Iterator[None]:
+        """Run the encoder as it is from here on: a result has to be the same before and after saving."""
+        try:
+            yield
+        finally:
+            self.module.encoder._compiled_call_impl = None
 
     def _splitter(
         self,

@@ -79,11 +79,6 @@ class CellPLMTrainingPlan(TrainingPlan):
         if compile:
             module.encoder.compile(**({"dynamic": True} | (compile_kwargs or {})))
 
-    def on_train_end(self) -> None:
-        """Run the encoder as it is from here on: a result has to be the same before and after saving."""
-        super().on_train_end()
-        self.module.encoder._compiled_call_impl = None
-
     def training_step(self, batch: Minibatch, batch_idx: int) -> torch.Tensor:
         """One step on a minibatch."""
         self._n_cells = batch["library"].shape[0]
