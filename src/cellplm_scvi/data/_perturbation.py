@@ -15,6 +15,8 @@ from ._table import CellTable
 PSEUDOCOUNT = 0.5
 #: fewest perturbations of a control set from which its own sampling error can be told
 MIN_SHARED = 5
+#: variance of log changes from gene to gene, beside that of sampling, in their median
+OWN_VARIANCE = 0.1
 #: variance of the log change of a gene that a set did not measure
 UNMEASURED = 1e6
 
@@ -149,7 +151,8 @@ def _typical(change: np.ndarray, variance: np.ndarray) -> float:
     of several perturbations may be added, and the sum of shares to 1 brings the fall back.
     """
     order = np.argsort(change)
-    weight = np.cumsum(1 / variance[order])
+    # no gene counts for many others, however many its counts are: each may change by itself
+    weight = np.cumsum(1 / (variance[order] + OWN_VARIANCE))
     return float(change[order][np.searchsorted(weight, weight[-1] / 2)])
 
 
