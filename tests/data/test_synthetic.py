@@ -111,6 +111,29 @@ def test_perturbed_cells_differ_from_controls_as_stated():
     assert change[adata.var_names.get_loc(name)] < -1
 
 
+def test_targets_follow_the_activity_of_their_regulators_between_cells():
+    quiet = {"type_effect": 0.0, "niche_effect": 0.0, "batch_effect": 0.0, "platform_effect": 0.0}
+    adata = synthetic_tissues(
+        1500, 40, 1, n_types=2, n_perturbations=4, perturbed_share=0.0, regulator_activity=0.7, **quiet
+    )
+    activity, effects = pd.DataFrame(adata.obsm["regulator_activity"]), pd.DataFrame(adata.varm["regulator_effects"])
+    assert activity.to_numpy().std() == pytest.approx(0.7, rel=0.05)
+    edge = adata.uns["regulation"].iloc[0]
+    assert effects.loc[edge["regulator"], edge["regulator"]] == pytest.approx(1.0)
+    shares = np.log(true_shares(adata))
+    # a difference of logs is free of the total; the regulator itself changes by its activity, what it does not reach by nothing
+    for name in activity:
+        alone = effects.index[(effects.drop(columns=name) == 0).all(axis=1)]
+        reached, other = alone[effects.loc[alone, name] != 0], alone[effects.loc[alone, name] == 0]
+        if len(reached) and len(other):
+            difference = shares[reached[0]] - shares[other[0]]
+            expected = activity[name] * effects.loc[reached[0], name]
+            np.testing.assert_allclose(difference - difference.mean(), expected - expected.mean(), atol=1e-3)
+    counts = pd.DataFrame(adata.X.toarray(), adata.obs_names, adata.var_names)
+    mean = true_shares(adata).mul(adata.obs["depth"], axis=0)
+    np.testing.assert_allclose(counts.mean(), mean.mean(), rtol=0.2, atol=0.1)
+
+
 def test_dissociated_samples_have_no_position_and_another_platform(adata):
     lost = np.isnan(adata.obsm["spatial"]).all(1)
     np.testing.assert_array_equal(lost, adata.obs["dataset"] == "reference")

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from cellplm_scvi import _constants as c
-from cellplm_scvi.data._checks import some
+from cellplm_scvi.data._checks import some, warn
 from cellplm_scvi.data._fields import ABSENT, CovariateField
 from cellplm_scvi.data._vocabulary import MATCH_KEY, ORGANISM_KEY, UNNAMED_KEY, _gene_totals, gene_columns, match_genes
 from cellplm_scvi.nn._nb import log_total
@@ -145,7 +145,11 @@ def extend[Model: CellPLM](
     }
     if genes:
         module.add_genes(_start_biases(model, genes))
-        # what perturbations do to the new genes is not known: it has to be trained again
+        if module.perturbation is not None:
+            warn(
+                "What perturbations do to the added genes is not known, so what was trained of perturbations is left out: "
+                "call train_perturbation() again."
+            )
         module.perturbation = None
     if sizes:
         module.add_categories(sizes)
