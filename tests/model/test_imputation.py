@@ -5,11 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sp
 import torch
 from anndata import AnnData
+from sklearn.linear_model import Ridge
 
 from cellplm_scvi import CellPLM
 from cellplm_scvi.data import synthetic_tissues, true_shares
+from cellplm_scvi.model._panel_regression import _fit
 from cellplm_scvi.nn import PanelMasking, SparseCounts
 
 KEYS = {
@@ -180,3 +183,43 @@ def test_other_panels_in_training():
     unchanged, same = PanelMasking(cell_rate=0.0)(counts, dense.sum(1), panels)
     torch.testing.assert_close(unchanged.to_dense(), dense)
     torch.testing.assert_close(same, dense.sum(1))
+
+
+def test_the_regression_adds_what_the_embedding_lost(adata, known):
+    """An embedding of one dimension keeps little; genes that were measured are left as they are."""
+    CellPLM.setup_anndata(adata, **KEYS)
+    model = CellPLM(adata, n_hidden=16, n_latent=1, n_layers=1, latent="gaussian", n_neighbours=6, n_niche=4)
+    model.train(3, accelerator="cpu", devices=1, enable_progress_bar=False, batch_size=64)
+    section = (adata.obs["dataset"] == "spatial").to_numpy()
+    truth = np.log(true_shares(adata).to_numpy()[section][:, ~known[section][0]])
+
+    def correlation(weight: float) -> float:
+        imputed = model.get_imputed_expression(regression_weight=weight).to_numpy()
+        assert (imputed > 0).all()
+        np.testing.assert_allclose(imputed[known], model.get_normalized_expression().to_numpy()[known], rtol=1e-4)
+        found = np.log(imputed[section][:, ~known[section][0]])
+        return float(np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(found.T, truth.T, strict=True)]))
+
+    assert correlation(0.5) > correlation(0.0) + 0.1
+    with pytest.raises(ValueError, match="regression_weight=2 must be from 0 to 1"):
+        model.get_imputed_expression(regression_weight=2)
+
+
+@pytest.mark.parametrize("n_cells", [60, 7])
+def test_the_regression_is_the_ridge_of_standardised_logs(n_cells):
+    rng = np.random.default_rng(0)
+    state = rng.normal(size=(200, 1))
+    reference = sp.csr_matrix(rng.poisson(np.exp(state * rng.normal(size=12) + 1)).astype(np.float32))
+    own = sp.csr_matrix(rng.poisson(3, (n_cells, 12)).astype(np.float32))
+    shared, genes = np.arange(8), np.array([9, 11])
+    fit = _fit(reference, own, shared, genes, 0)
+
+    def logs(x, columns, depth):
+        x = x.toarray()
+        return np.log1p(x[:, columns] / x[:, shared].sum(1, keepdims=True) * depth)
+
+    depth = np.median(own.toarray()[:, shared].sum(1))
+    x, y, new = logs(reference, shared, depth), logs(reference, genes, depth), logs(own, shared, depth)
+    ridge = Ridge(alpha=len(x)).fit((x - x.mean(0)) / x.std(0), y)
+    expected = ridge.predict((new - new.mean(0)) / new.std(0)) - ridge.intercept_
+    np.testing.assert_allclose(fit.deviation(own), expected, atol=1e-4)

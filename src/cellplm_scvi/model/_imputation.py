@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +19,8 @@ from cellplm_scvi.data._table import CellTable
 from cellplm_scvi.data._vocabulary import gene_columns
 from cellplm_scvi.model._embedding import fixed_draws
 from cellplm_scvi.nn import BatchAwareDecoder
+
+from ._panel_regression import blend, centred, fit_panel_regressions
 
 if TYPE_CHECKING:
     from cellplm_scvi.module import CellPLMModule
@@ -38,6 +41,7 @@ class ImputationMixin:
         n_samples: int = 1,
         return_std: bool = False,
         batch_size: int | None = None,
+        regression_weight: float = 0.5,
     ) -> pd.DataFrame | tuple[pd.DataFrame, pd.DataFrame]:
         r"""Expected expression of each gene, also of those that the cell's data set did not measure.
 
@@ -54,6 +58,10 @@ class ImputationMixin:
         add up to ``library_size``, and the others are in the same unit. Genes that the model's AnnData lacks altogether,
         which it learned from other data before it was loaded, are decoded with the mean contribution of the covariates.
 
+        The embedding keeps of a cell what it can learn to keep. The rest of what the measured genes say is added by a ridge
+        regression of log expression on the genes that both measured, fitted to the cells of the other data set in the model's
+        AnnData: the log of what is returned is halfway between both, see ``regression_weight``.
+
         Parameters
         ----------
         adata, indices, batch_size
@@ -68,6 +76,8 @@ class ImputationMixin:
             Also return the standard deviation of the expectation over draws of z (25, unless ``n_samples`` is larger
             than 1). It says how well the cell's state is known, and is zero with ``latent="deterministic"``; how well a
             gene is predicted by that state is another matter, see :meth:`get_imputation_reliability`.
+        regression_weight
+            Weight of the regression, from 0 (what the model decodes) to 1, for genes that were not measured.
 
         Returns
         -------
@@ -76,8 +86,10 @@ class ImputationMixin:
         Raises
         ------
         ValueError
-            If ``gene_list`` names a gene that the model does not know.
+            If ``gene_list`` names a gene that the model does not know, or the weight is not within 0 and 1.
         """
+        if not 0 <= regression_weight <= 1:
+            raise ValueError(f"regression_weight={regression_weight} must be from 0 to 1.")
         self._check_if_trained(warn=False)  # type: ignore[attr-defined]
         adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
         columns, names = self._vocabulary(gene_list)
@@ -85,17 +97,31 @@ class ImputationMixin:
         if return_std and n_samples == 1:
             n_samples = 25
         profiles = self._panel_profiles()
-        means, deviations = [np.zeros((0, len(names)), np.float32)], [np.zeros((0, len(names)), np.float32)]
-        with fixed_draws():
+        table, regressions = self._table(adata), []  # type: ignore[attr-defined]
+        if regression_weight > 0 and profiles:
+            model_table = CellTable.from_manager(self.adata_manager)  # type: ignore[attr-defined]
+            regressions = fit_panel_regressions(table, model_table, columns)
+
+        def decoded(rows: np.ndarray, n_samples: int) -> Iterator[tuple[np.ndarray, Tensor, list[Tensor]]]:
+            done = 0
             for tensors in self._make_data_loader(adata, rows, batch_size):  # type: ignore[attr-defined]
                 outputs = self.module.inference(tensors, n_samples=n_samples)
                 z = outputs["qzm"][None] if n_samples == 1 else outputs["z"]
                 inputs = self.module._get_generative_input(tensors, outputs)
-                values = torch.stack([self._imputed(draw, inputs, profiles)[:, columns] for draw in z])
-                if library_size == "latent":
-                    values = values * outputs["library"][:, None]
-                else:
-                    values = values * library_size
+                here = rows[done : done + z.shape[1]]
+                done += z.shape[1]
+                yield here, outputs["library"], [self._imputed(draw, inputs, profiles) for draw in z]
+
+        means, deviations = [np.zeros((0, len(names)), np.float32)], [np.zeros((0, len(names)), np.float32)]
+        # their means are those of all cells, whatever `indices` asks for
+        with fixed_draws(), self._encoded_once(adata) if regressions else nullcontext():  # type: ignore[attr-defined]
+            regressions = centred(regressions, table, lambda rows: [draws[0] for _, _, draws in decoded(rows, 1)])
+            for here, library, draws in decoded(rows, n_samples):
+                if regressions:
+                    counts, panel = table.counts[here], table.panel[here]
+                    draws = [blend(shares, counts, panel, regressions, regression_weight) for shares in draws]
+                values = torch.stack([shares[:, columns] for shares in draws])
+                values = values * (library[:, None] if library_size == "latent" else library_size)
                 means.append(values.mean(0).cpu().numpy())
                 deviations.append(values.std(0, correction=0).cpu().numpy())
         index = adata.obs_names[rows]

@@ -114,7 +114,8 @@ def _within_reference(
         part.varm.pop(key, None)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # genes are missing on purpose
-            imputed = model.get_imputed_expression(part, gene_list=list(genes))
+            # these cells are what a regression would be fitted to
+            imputed = model.get_imputed_expression(part, gene_list=list(genes), regression_weight=0)
         found = _correlations(_counts(model, adata[rows], shown, genes), imputed)  # type: ignore[arg-type]
         best = best.combine(found.reindex(best.index), np.fmax)
     return best
