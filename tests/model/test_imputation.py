@@ -223,3 +223,14 @@ def test_the_regression_is_the_ridge_of_standardised_logs(n_cells):
     ridge = Ridge(alpha=len(x)).fit((x - x.mean(0)) / x.std(0), y)
     expected = ridge.predict((new - new.mean(0)) / new.std(0)) - ridge.intercept_
     np.testing.assert_allclose(fit.deviation(own), expected, atol=1e-4)
+
+
+def test_genes_that_cells_without_positions_teach_do_not_depend_on_positions(model, adata, known):
+    """The reference has none; measured genes keep what the neighbourhood says of them."""
+    moved = adata.copy()
+    section = np.isfinite(moved.obsm["spatial"]).all(1)
+    moved.obsm["spatial"][section] = np.random.default_rng(0).permutation(moved.obsm["spatial"][section])
+    before, after = (x.to_numpy() for x in (model.get_imputed_expression(), model.get_imputed_expression(moved)))
+    # the unit is that of the measured genes, whose sum is 1 either way
+    np.testing.assert_allclose(after[~known], before[~known], rtol=1e-3, atol=1e-6)
+    assert not np.allclose(after[section][known[section]], before[section][known[section]], rtol=1e-2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -124,9 +125,14 @@ class EmbeddingMixin:
         return torch.autocast(self.module.device.type, dtype=torch.bfloat16, enabled=precision == "bf16-mixed")
 
     @contextmanager
-    def _encoded_once(self, adata: AnnOrMuData) -> Iterator[None]:
-        """Keep the moments of all cells while several results are drawn from the same data."""
+    def _encoded_once(self, adata: AnnOrMuData, *, positions: bool = True) -> Iterator[None]:
+        """Keep the moments of all cells while several results are drawn from the same data.
+
+        Without ``positions``, cells are embedded as if they had no coordinates.
+        """
         table = self._table(adata)
+        if not positions and table.coordinates is not None:
+            table = replace(table, coordinates=np.full_like(table.coordinates, np.nan))
         self._kept_moments = (table, self._moments(table, np.arange(table.n_cells), None))
         try:
             yield

@@ -20,7 +20,7 @@ from cellplm_scvi.data._vocabulary import gene_columns
 from cellplm_scvi.model._embedding import fixed_draws
 from cellplm_scvi.nn import BatchAwareDecoder
 
-from ._panel_regression import blend, centred, fit_panel_regressions
+from ._panel_regression import PanelRegression, blend, centred, fit_panel_regressions
 
 if TYPE_CHECKING:
     from cellplm_scvi.module import CellPLMModule
@@ -60,7 +60,8 @@ class ImputationMixin:
 
         The embedding keeps of a cell what it can learn to keep. The rest of what the measured genes say is added by a ridge
         regression of log expression on the genes that both measured, fitted to the cells of the other data set in the model's
-        AnnData: the log of what is returned is halfway between both, see ``regression_weight``.
+        AnnData: the log of what is returned is halfway between both, see ``regression_weight``. Cells with positions are embedded
+        without them for genes that only cells without positions teach, as these are.
 
         Parameters
         ----------
@@ -97,14 +98,39 @@ class ImputationMixin:
         if return_std and n_samples == 1:
             n_samples = 25
         profiles = self._panel_profiles()
-        table, regressions = self._table(adata), []  # type: ignore[attr-defined]
+        table = self._table(adata)  # type: ignore[attr-defined]
+        regressions: list[PanelRegression] = []
         if regression_weight > 0 and profiles:
             model_table = CellTable.from_manager(self.adata_manager)  # type: ignore[attr-defined]
             regressions = fit_panel_regressions(table, model_table, columns)
 
+        asked = _Asked(rows, columns, n_samples, library_size, batch_size, regression_weight)
+        mean, deviation = self._imputed_rows(adata, asked, profiles, regressions)
+        known = np.ones(mean.shape, dtype=bool)
+        if table.measured is not None and table.panel is not None:
+            known = table.measured[table.panel[rows]][:, columns]
+        if not known.all() and self._taught_without_positions(table, rows):
+            alone = self._imputed_rows(adata, asked, profiles, regressions, positions=False)
+            mean, deviation = (np.where(known, *both) for both in zip((mean, deviation), alone, strict=True))
+        index = adata.obs_names[rows]
+        frames = [pd.DataFrame(values, index=index, columns=names) for values in (mean, deviation)]
+        return (frames[0], frames[1]) if return_std else frames[0]
+
+    def _imputed_rows(
+        self,
+        adata: AnnOrMuData,
+        asked: _Asked,
+        profiles: list[PanelProfile],
+        regressions: list[PanelRegression],
+        *,
+        positions: bool = True,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation over draws of what is asked for, each (n_rows, n_columns)."""
+        table, weight = self._table(adata), asked.regression_weight  # type: ignore[attr-defined]
+
         def decoded(rows: np.ndarray, n_samples: int) -> Iterator[tuple[np.ndarray, Tensor, list[Tensor]]]:
             done = 0
-            for tensors in self._make_data_loader(adata, rows, batch_size):  # type: ignore[attr-defined]
+            for tensors in self._make_data_loader(adata, rows, asked.batch_size):  # type: ignore[attr-defined]
                 outputs = self.module.inference(tensors, n_samples=n_samples)
                 z = outputs["qzm"][None] if n_samples == 1 else outputs["z"]
                 inputs = self.module._get_generative_input(tensors, outputs)
@@ -112,21 +138,33 @@ class ImputationMixin:
                 done += z.shape[1]
                 yield here, outputs["library"], [self._imputed(draw, inputs, profiles) for draw in z]
 
-        means, deviations = [np.zeros((0, len(names)), np.float32)], [np.zeros((0, len(names)), np.float32)]
-        # their means are those of all cells, whatever `indices` asks for
-        with fixed_draws(), self._encoded_once(adata) if regressions else nullcontext():  # type: ignore[attr-defined]
+        n_columns = asked.columns.size
+        means, deviations = [np.zeros((0, n_columns), np.float32)], [np.zeros((0, n_columns), np.float32)]
+        # means of regressions are those of all cells, whatever `indices` asks for
+        once = bool(regressions) or not positions
+        with fixed_draws(), self._encoded_once(adata, positions=positions) if once else nullcontext():  # type: ignore[attr-defined]
             regressions = centred(regressions, table, lambda rows: [draws[0] for _, _, draws in decoded(rows, 1)])
-            for here, library, draws in decoded(rows, n_samples):
+            for here, library, draws in decoded(asked.rows, asked.n_samples):
                 if regressions:
                     counts, panel = table.counts[here], table.panel[here]
-                    draws = [blend(shares, counts, panel, regressions, regression_weight) for shares in draws]
-                values = torch.stack([shares[:, columns] for shares in draws])
-                values = values * (library[:, None] if library_size == "latent" else library_size)
+                    draws = [blend(shares, counts, panel, regressions, weight) for shares in draws]
+                values = torch.stack([shares[:, asked.columns] for shares in draws])
+                values = values * (library[:, None] if asked.library_size == "latent" else asked.library_size)
                 means.append(values.mean(0).cpu().numpy())
                 deviations.append(values.std(0, correction=0).cpu().numpy())
-        index = adata.obs_names[rows]
-        mean = pd.DataFrame(np.concatenate(means), index=index, columns=names)
-        return (mean, pd.DataFrame(np.concatenate(deviations), index=index, columns=names)) if return_std else mean
+        return np.concatenate(means), np.concatenate(deviations)
+
+    def _taught_without_positions(self, table: CellTable, rows: np.ndarray) -> bool:
+        """Whether some of these cells have positions, and no cell has that teaches the genes that they lack."""
+        if not self._spatial_inputs.n_neighbours or table.coordinates is None or self.adata_manager is None:  # type: ignore[attr-defined]
+            return False
+        own = CellTable.from_manager(self.adata_manager)  # type: ignore[attr-defined]
+        if own.measured is None or own.panel is None or own.coordinates is None or table.measured is None:
+            return False
+        placed = rows[np.isfinite(table.coordinates[rows]).all(1)]
+        lacking = ~table.measured[np.unique(table.panel[placed])]  # type: ignore[index]
+        teaches = (own.measured[None] & lacking[:, None]).any((0, 2))  # (n_panels,)
+        return bool(teaches.any()) and not np.isfinite(own.coordinates[teaches[own.panel]]).any()
 
     def get_imputation_reliability(
         self,
@@ -240,6 +278,16 @@ class ImputationMixin:
             n = n + new
         # a gene that no data set of the model measured together with these has no value
         return torch.where(known, own, torch.where(n > 0, total / n.clamp_min(1), torch.nan))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    rows: np.ndarray
+    columns: np.ndarray
+    n_samples: int
+    library_size: float | Literal["latent"]
+    batch_size: int | None
+    regression_weight: float
 
 
 @dataclass(frozen=True)
