@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
@@ -81,6 +82,23 @@ class ResultFile:
 
     def _identity(self, row: Mapping[str, Any]) -> str:
         return json.dumps([row[field] for field in self.key], sort_keys=True)
+
+
+def benchmark_parser(doc: str | None, name: str, *, models: bool = False) -> argparse.ArgumentParser:
+    """Return a parser of what all scripts are told; ``doc`` is the script's docstring, ``name`` that of its result file."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=DATA_DIR, help="folder of the .h5ad files")
+    parser.add_argument("--out", type=Path, default=RESULTS_DIR / name, help="file of JSON lines")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--cellplm-kwargs", type=json.loads, default={}, help="JSON for CellPLM(adata, ...)")
+    parser.add_argument("--train-kwargs", type=json.loads, default={}, help="JSON for CellPLM.train(...)")
+    if models:
+        parser.add_argument("--models", type=Path, help="folder where trained CellPLMs are kept and taken from")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--accelerator", default="cpu")
+    parser.add_argument("--contended", action="store_true", help="note that other programs ran: times are not final")
+    parser.add_argument("--table", action="store_true", help="print the Markdown table of what is on file, run nothing")
+    return parser
 
 
 def mean_and_sd(values: Iterable[float], digits: int) -> str:

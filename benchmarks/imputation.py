@@ -22,10 +22,9 @@ import numpy as np
 import scanpy as sc
 import scipy.sparse as sp
 from _common import (
-    DATA_DIR,
-    RESULTS_DIR,
     ResultFile,
     Row,
+    benchmark_parser,
     markdown_table,
     read_dataset,
     seed_everything,
@@ -277,24 +276,14 @@ def table(rows: list[Row]) -> str:
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA_DIR, help="folder of the .h5ad files")
-    parser.add_argument("--out", type=Path, default=RESULTS_DIR / "imputation", help="file of JSON lines")
+    parser = benchmark_parser(__doc__, "imputation", models=True)
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--n-cells", type=int, default=4000, help="cells of a Xenium region")
     parser.add_argument("--batch-key", default=None, help="batch_key of CellPLM beside dataset_key")
-    parser.add_argument("--cellplm-kwargs", type=json.loads, default={}, help="JSON for CellPLM(adata, ...)")
-    parser.add_argument("--train-kwargs", type=json.loads, default={}, help="JSON for CellPLM.train(...)")
     parser.add_argument("--impute-kwargs", type=json.loads, default={}, help="JSON for get_imputed_expression(...)")
-    parser.add_argument("--models", type=Path, help="folder where trained CellPLMs are kept and taken from")
     parser.add_argument("--tangram-epochs", type=int, default=500)
     parser.add_argument("--gimvi-epochs", type=int, default=200)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--accelerator", default="cpu")
-    parser.add_argument("--contended", action="store_true", help="note that other programs ran: times are not final")
-    parser.add_argument("--table", action="store_true", help="print the Markdown table of what is on file, run nothing")
     return parser.parse_args()
 
 

@@ -10,7 +10,6 @@ embedding. A line that is there already is not computed again. ``--table`` print
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import warnings
 from collections.abc import Callable
@@ -23,10 +22,9 @@ import anndata as ad
 import numpy as np
 import scanpy as sc
 from _common import (
-    DATA_DIR,
-    RESULTS_DIR,
     ResultFile,
     Row,
+    benchmark_parser,
     markdown_table,
     read_dataset,
     seed_everything,
@@ -232,19 +230,10 @@ def table(rows: list[Row], datasets: list[str]) -> str:
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA_DIR, help="folder of the .h5ad files")
-    parser.add_argument("--out", type=Path, default=RESULTS_DIR / "integration", help="file of JSON lines")
+    parser = benchmark_parser(__doc__, "integration")
     parser.add_argument("--datasets", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--cellplm-kwargs", type=json.loads, default={}, help="JSON for CellPLM(adata, ...)")
-    parser.add_argument("--train-kwargs", type=json.loads, default={}, help="JSON for CellPLM.train(...)")
     parser.add_argument("--size-factor", action="store_true", help=f"CellPLM takes obs[{LIBRARY!r}] where it is there")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--accelerator", default="cpu")
-    parser.add_argument("--contended", action="store_true", help="note that other programs ran: times are not final")
-    parser.add_argument("--table", action="store_true", help="print the Markdown table of what is on file, run nothing")
     return parser.parse_args()
 
 

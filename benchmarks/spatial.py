@@ -12,22 +12,19 @@ mirrored, rotated and shifted. Lines that are on file are not computed again; ``
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import anndata as ad
 import numpy as np
 import scanpy as sc
 from _common import (
-    DATA_DIR,
-    RESULTS_DIR,
     ResultFile,
     Row,
+    benchmark_parser,
     markdown_table,
     read_dataset,
     seed_everything,
@@ -212,19 +209,10 @@ def table(rows: list[Row]) -> str:
 
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=DATA_DIR, help=f"folder of {DATASET}.h5ad")
-    parser.add_argument("--out", type=Path, default=RESULTS_DIR / "spatial", help="file of JSON lines")
+    parser = benchmark_parser(__doc__, "spatial")
     parser.add_argument("--methods", nargs="+", choices=("baselines", "cellplm"), default=["baselines", "cellplm"])
     parser.add_argument("--encoders", nargs="+", choices=ENCODERS, default=list(ENCODERS))
     parser.add_argument("--positions", nargs="+", choices=POSITIONS, default=list(POSITIONS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--cellplm-kwargs", type=json.loads, default={}, help="JSON for CellPLM(adata, ...)")
-    parser.add_argument("--train-kwargs", type=json.loads, default={}, help="JSON for CellPLM.train(...)")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--accelerator", default="cpu")
-    parser.add_argument("--contended", action="store_true", help="note that other programs ran: times are not final")
-    parser.add_argument("--table", action="store_true", help="print the Markdown table of what is on file, run nothing")
     return parser.parse_args()
 
 
