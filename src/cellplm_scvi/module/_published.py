@@ -34,6 +34,7 @@ class PublishedModule(CellPLMModule):
     def __init__(self, config: PublishedConfig, *, max_context: int = 8192):
         BaseModuleClass.__init__(self)
         self.config = config
+        self.perturbation = None
         self.n_hidden = config.n_hidden
         self.max_context = max_context
         self.gene_likelihood = "nb"
