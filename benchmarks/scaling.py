@@ -73,7 +73,7 @@ def predict(n_cells: float, epochs: int, n_devices: int, device: str, batch_size
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cells-a-core", type=float, default=22_900, help="that a core loads, by streaming.py")
+    parser.add_argument("--cells-a-core", type=float, default=20_600, help="that a core loads, by streaming.py")
     args = parser.parse_args()
     rng = np.random.default_rng(0)
     sizes = published_sizes(rng)
