@@ -96,7 +96,9 @@ def test_a_model_of_the_reference_learns_the_panels_that_it_goes_on_with(adata, 
 def check_imputation(model: CellPLM, adata: AnnData, known: np.ndarray) -> None:
     section = (adata.obs["dataset"] == "spatial").to_numpy()
     genes = np.flatnonzero(~known[section][0])
-    imputed = np.log(model.get_imputed_expression().to_numpy()[section][:, genes])
+    found = model.get_imputed_expression()
+    assert isinstance(found, pd.DataFrame)
+    imputed = np.log(found.to_numpy()[section][:, genes])
     truth = np.log(true_shares(adata).to_numpy()[section][:, genes])
     correlations = [np.corrcoef(imputed[:, g], truth[:, g])[0, 1] for g in range(genes.size)]
     assert np.median(correlations) > 0.5
