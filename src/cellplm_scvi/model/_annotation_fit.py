@@ -152,9 +152,11 @@ def fit_head(
             ]
         )
         score = f1_score(labels[held], logits.argmax(1), average="macro")
-        candidates.append((round(float(score), 4), name, strength, logits))
-    scores = {f"{name}, C={strength}": score for score, name, strength, _ in candidates}
-    _, name, strength, logits = max(candidates, key=lambda candidate: candidate[0])
+        # few held-out cells tie often: then the likelihood of their labels decides
+        likelihood = float(log_softmax(logits, axis=1)[np.arange(held.size), labels[held]].mean())
+        candidates.append((round(float(score), 4), likelihood, name, strength, logits))
+    scores = {f"{name}, C={strength}": score for score, _, name, strength, _ in candidates}
+    _, _, name, strength, logits = max(candidates, key=lambda candidate: candidate[:2])
     weight = np.zeros((n_classes, features.shape[1]))
     weight[:, choices[name]], bias = fit_regression(features[:, choices[name]], labels, n_classes, strength, seed)
     return HeadFit(weight, bias, fit_temperature(logits, labels[held]), name, strength, scores)
