@@ -101,6 +101,17 @@ def benchmark_parser(doc: str | None, name: str, *, models: bool = False) -> arg
     return parser
 
 
+def kept_or_trained(folder: Path | None, name: str, load: Callable[[Path], Any], train: Callable[[], Any]) -> Any:
+    """Return the model ``name`` of the folder of models, or train it and keep it there; ``None`` keeps nothing."""
+    if folder is None:
+        return train()
+    if not (folder / name).is_dir():
+        model = train()
+        model.save(folder / name)
+        return model
+    return load(folder / name)
+
+
 def mean_and_sd(values: Iterable[float], digits: int) -> str:
     """Format values as ``mean ± sd`` (n - 1 in the denominator), or as the value where there is one."""
     numbers = np.asarray(list(values), dtype=float)

@@ -15,6 +15,7 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import anndata as ad
@@ -25,6 +26,7 @@ from _common import (
     ResultFile,
     Row,
     benchmark_parser,
+    kept_or_trained,
     markdown_table,
     read_dataset,
     seed_everything,
@@ -153,17 +155,19 @@ def cellplm(adata: ad.AnnData, task: Task, seed: int, args: argparse.Namespace) 
 
     if (task, seed) in TRAINED:
         return TRAINED[task, seed]
-    kept = args.models / f"{task.file}-{seed}" if args.models else None
     own = adata.copy()
-    if kept and kept.is_dir():
-        model = CellPLM.load(kept, adata=own, accelerator=args.accelerator)
-    else:
+
+    def train() -> CellPLM:
         seed_everything(seed, args.threads)
         CellPLM.setup_anndata(own, batch_key="batch", **({"spatial_key": "spatial"} if task.spatial else {}))
         model = CellPLM(own, **args.cellplm_kwargs)
         model.train(**{**options(args), **args.train_kwargs})
-        if kept:
-            model.save(kept)
+        return model
+
+    def load(path: Path) -> CellPLM:
+        return CellPLM.load(path, adata=own, accelerator=args.accelerator)
+
+    model = kept_or_trained(args.models, f"{task.file}-{seed}", load, train)
     TRAINED.clear()
     TRAINED[task, seed] = model
     return model

@@ -25,6 +25,7 @@ from _common import (
     ResultFile,
     Row,
     benchmark_parser,
+    kept_or_trained,
     markdown_table,
     read_dataset,
     seed_everything,
@@ -199,15 +200,17 @@ def cellplm(
         spatial_key="spatial",
         measured_genes_key="measured_genes",
     )
-    kept = args.models / f"{reference.n_obs}-{target.n_obs}-{seed}" if args.models else None
-    if kept and kept.is_dir():
-        model = CellPLM.load(kept, adata=joined, accelerator=args.accelerator)
-    else:
+
+    def train() -> CellPLM:
         model = CellPLM(joined, **args.cellplm_kwargs)
         defaults = {"accelerator": args.accelerator, "devices": 1, "enable_progress_bar": False}
         model.train(**{**defaults, **args.train_kwargs})
-        if kept:
-            model.save(kept)
+        return model
+
+    def load(path: Path) -> CellPLM:
+        return CellPLM.load(path, adata=joined, accelerator=args.accelerator)
+
+    model = kept_or_trained(args.models, f"{reference.n_obs}-{target.n_obs}-{seed}", load, train)
     rows = np.flatnonzero(joined.obs["dataset"] == "target")
     total = np.median(np.asarray(target.X.sum(1)))
     wanted = {"indices": rows, "gene_list": held_out, "library_size": total}

@@ -23,7 +23,16 @@ import anndata as ad
 import numpy as np
 import scanpy as sc
 import scipy.sparse as sp
-from _common import ResultFile, Row, benchmark_parser, markdown_table, read_dataset, seed_everything, versions
+from _common import (
+    ResultFile,
+    Row,
+    benchmark_parser,
+    kept_or_trained,
+    markdown_table,
+    read_dataset,
+    seed_everything,
+    versions,
+)
 from scipy.stats import rankdata
 from sklearn.decomposition import PCA
 
@@ -244,15 +253,16 @@ def cellplm(task: Task, seed: int, args: argparse.Namespace) -> dict[str, np.nda
         control_category=CONTROL,
         size_factor_key="library",
     )
-    kept = args.models / f"{task.name}-{seed}-{task.where}" if args.models else None
-    if kept and kept.is_dir():
-        model = CellPLM.load(kept, adata=train, accelerator=args.accelerator)
-    else:
+
+    def trained() -> CellPLM:
         model = CellPLM(train, **args.cellplm_kwargs)
-        defaults = {"accelerator": args.accelerator, "devices": 1, "enable_progress_bar": False}
-        model.train(**{**defaults, **args.train_kwargs})
-        if kept:
-            model.save(kept)
+        model.train(
+            **{"accelerator": args.accelerator, "devices": 1, "enable_progress_bar": False, **args.train_kwargs}
+        )
+        return model
+
+    name = f"{task.name}-{seed}-{task.where}"
+    model = kept_or_trained(args.models, name, lambda path: CellPLM.load(path, train, args.accelerator), trained)
     model.train_perturbation(progress_bar=False, **args.perturbation_kwargs)
     start = task.start.copy()
     before = task.log_mean(model.get_normalized_expression(start).to_numpy().mean(0))
