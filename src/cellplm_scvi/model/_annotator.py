@@ -157,8 +157,8 @@ class CellPLMAnnotator(CellPLM):
         """Learn the classes; called again, it goes on from the present weights.
 
         With the backbone frozen, cross-validation over samples (over random cells where all labels are of one sample)
-        chooses features and penalty by macro-F1; a class weighs as the square root of its number of cells. The predictions for held-out
-        samples calibrate the probabilities (one temperature, Guo et al. 2017) and the distances by which
+        chooses features and penalty by macro-F1; a class weighs as the square root of its number of cells. The
+        predictions for held-out samples calibrate the probabilities (one temperature, Guo et al. 2017) and the distances by which
         :meth:`predict` leaves cells unknown.
 
         Parameters

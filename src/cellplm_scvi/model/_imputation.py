@@ -105,11 +105,13 @@ class ImputationMixin:
             regressions = fit_panel_regressions(table, model_table, columns)
 
         asked = _Asked(rows, columns, n_samples, library_size, batch_size, regression_weight)
-        mean, deviation = self._imputed_rows(adata, asked, profiles, regressions)
-        known = np.ones(mean.shape, dtype=bool)
+        known = np.ones((rows.size, columns.size), dtype=bool)
         if table.measured is not None and table.panel is not None:
             known = table.measured[table.panel[rows]][:, columns]
-        if not known.all() and self._taught_without_positions(table, rows):
+        twice = not known.all() and self._taught_without_positions(table, rows)
+        # what was not measured is taken from the second pass alone, and regressions change nothing else
+        mean, deviation = self._imputed_rows(adata, asked, profiles, [] if twice else regressions)
+        if twice:
             alone = self._imputed_rows(adata, asked, profiles, regressions, positions=False)
             mean, deviation = (np.where(known, *both) for both in zip((mean, deviation), alone, strict=True))
         index = adata.obs_names[rows]
