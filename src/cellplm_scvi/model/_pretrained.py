@@ -88,7 +88,7 @@ class PretrainedMixin:
             :meth:`get_latent_representation`.
         new_categories
             What batches, platforms and data sets that the model does not know contribute to the decoder: the ``"mean"`` of
-            those that it knows, or, with ``"add"``, a contribution of their own, which starts there.
+            those that it knows, or, with ``"add"``, a contribution of their own, which is that mean before training.
         new_genes
             Whether to ``"ignore"`` genes that the model does not know, or to ``"add"`` them. An added gene starts with an
             embedding of zero and at its share of the counts; embeddings of cells are not changed by it before training.

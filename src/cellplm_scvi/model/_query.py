@@ -35,7 +35,7 @@ class QueryMixin:
         """Map a query onto a trained reference.
 
         Batches, platforms and data sets of the query that the reference does not know get contributions of their own,
-        which start at what an unseen category contributes. :meth:`train` trains these alone, so that everything the
+        which are what an unseen category contributes before training. :meth:`train` trains these alone, so that everything the
         reference says of its own data stays the same to the bit; ``train(freeze=None)`` trains all.
 
         Genes are matched by name: what the query lacks counts as not measured, and what only the query has is not used.

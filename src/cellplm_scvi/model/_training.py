@@ -19,6 +19,7 @@ from cellplm_scvi.train import CellPLMTrainingPlan, Freeze, PlaceMixtureComponen
 
 from ._defaults import default_batch_size, default_max_epochs
 from ._extension import unknown_categories
+from ._start import start_decoders
 
 if TYPE_CHECKING:
     from lightning import LightningDataModule
@@ -58,7 +59,9 @@ class TrainingMixin:
         """Train the model, or train it further.
 
         A model that is trained already, or pre-trained, goes on from where it is: the weight of the KL divergence does not
-        rise from zero again, and the components of the mixture prior keep their places.
+        rise from zero again, and the components of the mixture prior keep their places. The first time after
+        :meth:`from_pretrained` or :meth:`load_query_data`, the decoder starts at the mean counts of genes in the training cells
+        of the new data.
 
         Parameters
         ----------
@@ -113,6 +116,9 @@ class TrainingMixin:
                 'these train with the mean one. from_pretrained(..., new_categories="add") or load_query_data add them.'
             )
         freeze = self._default_freeze if freeze == "auto" else freeze  # type: ignore[attr-defined]
+        if self.is_trained_ and not self.history_ and isinstance(data, SampleSplitter):  # type: ignore[attr-defined, has-type]
+            # the weights come from elsewhere
+            start_decoders(self, data.train_idx, biases=freeze != "reference")  # type: ignore[arg-type]
         # of a corpus there may be few epochs: what happens in between them happens at steps
         n_steps = None
         if isinstance(data, CorpusDataModule):

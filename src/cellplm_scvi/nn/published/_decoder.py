@@ -116,6 +116,11 @@ class PublishedDecoder(nn.Module):
         """Covariates that the decoder knows, as the module's steps ask for them."""
         return dict(self.layers[0].codes.items()) if self.layers else {}  # type: ignore[union-attr, operator]
 
+    @property
+    def output_codes(self) -> dict[str, nn.Module]:
+        """Covariates that enter right before the genes: none."""
+        return {}
+
     def add_categories(self, covariate: str, n_known: int, n_added: int) -> None:
         """Give a covariate of ``n_known`` categories ``n_added`` more."""
         if not self.layers:
