@@ -9,7 +9,7 @@ from scvi._types import AnnOrMuData
 from scvi.data._constants import _SCVI_UUID_KEY as SCVI_UUID_KEY
 from scvi.data._utils import _check_if_view as copy_if_view
 from scvi.model._utils import _get_batch_code_from_category as batch_codes
-from scvi.model._utils import parse_device_args, use_distributed_sampler
+from scvi.model._utils import parse_device_args
 from scvi.model._utils import scrna_raw_counts_properties as raw_count_statistics
 from scvi.model.base._de_core import _de_core as compare_groups
 from scvi.module.base._decorators import _move_data_to_device as move_to_device
@@ -35,5 +35,4 @@ __all__ = [
     "parse_device_args",
     "raw_count_statistics",
     "setup_anndata_dsp",
-    "use_distributed_sampler",
 ]

@@ -206,8 +206,9 @@ class Losses(Callback):
         self.losses.append(loss.item() * trainer.accumulate_grad_batches)
 
 
-def test_two_processes_train_like_one_with_the_same_global_batch(tmp_path, make_tissues):
-    """Samples of one cell to most of them; without what is random in a step, but for the order of cells."""
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_train_like_one_with_the_same_global_batch(tmp_path, make_tissues, strategy):
+    """Samples of one cell to most of them; without what is random in a step, but for the order of cells. One run stops."""
     adata = make_tissues(n_cells=300, n_samples=5)
     corpus = build_corpus(adata, tmp_path / "corpus", progress=False, **KEYS)
     network = NETWORK | {"dropout_rate": 0.0, "masking": False, "latent": "deterministic"}
@@ -216,10 +217,10 @@ def test_two_processes_train_like_one_with_the_same_global_batch(tmp_path, make_
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
 
-    def train(name: str, change: Any, environment: Any) -> None:
+    def train(name: str, change: Any, environment: Any, stop: int = -1) -> None:
         os.environ.update(environment)
         losses = Losses()
-        model = pretrain(corpus.path, tmp_path / name, callbacks=[losses], **(run | change))
+        model = pretrain(corpus.path, tmp_path / name, callbacks=[losses, Stop(stop)], **(run | change))
         if model.trainer.is_global_zero:
             np.save(tmp_path / name / "losses.npy", losses.losses)
 
@@ -228,17 +229,24 @@ def test_two_processes_train_like_one_with_the_same_global_batch(tmp_path, make_
     common |= {"TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"}
     ranks = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
     context = multiprocessing.get_context("fork")
-    two = {"devices": 2, "strategy": "ddp"}
-    started = [context.Process(target=train, args=("two", two, rank)) for rank in ranks]
-    started.append(context.Process(target=train, args=("one", {"accumulate": 2}, {})))
-    for process in started:
-        process.start()
-    for process in started:
+    two = {"devices": 2, "strategy": strategy}
+
+    def started(name: str, change: Any, environments: list[Any], *stop: int) -> list[Any]:
+        processes = [context.Process(target=train, args=(name, change, each, *stop)) for each in environments]
+        for process in processes:
+            process.start()
+        return processes
+
+    alone = started("one", {"accumulate": 2}, [{}])
+    for process in started("two", two, ranks, 5):
+        process.join(300)
+        assert process.exitcode == 1
+    for process in alone + started("two", two, ranks):
         process.join(300)
         assert process.exitcode == 0
     one, two = (np.load(tmp_path / name / "losses.npy") for name in ("one", "two"))
-    assert len(one) == 2 * len(two) > 8
-    np.testing.assert_allclose(one.reshape(-1, 2).mean(1), two, atol=1e-4)
+    assert len(one) == 4 * len(two) > 8
+    np.testing.assert_allclose(one.reshape(-1, 2).mean(1)[-len(two) :], two, atol=1e-4)
     models = [CellPLM.from_pretrained(tmp_path / name / "model", accelerator="cpu") for name in ("one", "two")]
     for name, value in weights(models[0]).items():
         np.testing.assert_allclose(value, weights(models[1])[name], atol=1e-4, err_msg=name)

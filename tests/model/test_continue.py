@@ -148,7 +148,13 @@ def test_a_loaded_model_is_trained_with_masking_and_dropout(model, new_data, mon
     grown = CellPLM.from_pretrained(model, new_data, **ADD)
     modes = []
     encode = type(grown.module).encode
-    monkeypatch.setattr(type(grown.module), "encode", lambda self, t: modes.append(self.training) or encode(self, t))
+
+    def noted(self: torch.nn.Module, tensors: Any) -> Any:
+        if torch.is_grad_enabled():
+            modes.append(self.training)
+        return encode(self, tensors)
+
+    monkeypatch.setattr(type(grown.module), "encode", noted)
     train(grown, train_size=1.0)
     assert modes
     assert all(modes)

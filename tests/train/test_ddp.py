@@ -1,4 +1,4 @@
-"""Distributed training with plain ``ddp``, on two processes of a CPU."""
+"""Distributed training, plain and sharded, on two processes of a CPU."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CellPLM.setup_anndata(adata, sample_key="sample", spatial_key="spatial")
 model = CellPLM(adata, n_hidden=16, n_layers=1, n_heads=2, n_latent=4, n_components=3, n_neighbours=4, n_niche=2)
 steps = Steps()
 model.train(
-    max_epochs=2, accelerator="cpu", devices=2, strategy="ddp", batch_size=16, callbacks=[steps],
+    max_epochs=3, accelerator="cpu", devices=2, strategy=sys.argv[2], batch_size=16, callbacks=[steps],
     check_val_every_n_epoch=1, enable_progress_bar=False,
 )
 rank = torch.distributed.get_rank()
@@ -51,12 +51,13 @@ np.savez(
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_cells_and_end_alike(tmp_path):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_share_the_cells_and_end_alike(tmp_path, strategy):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
+        [sys.executable, str(script), str(tmp_path), strategy],
         capture_output=True,
         text=True,
         timeout=500,
@@ -70,7 +71,7 @@ def test_two_processes_share_the_cells_and_end_alike(tmp_path):
     np.testing.assert_allclose(first["z"], second["z"], atol=1e-5)
     assert np.isfinite(first["z"]).all()
     assert np.isfinite(first["elbo"])
-    # together they see every training cell in each of two epochs, and a minibatch twice where they are odd in number
+    # together they see every training cell in each epoch, and a minibatch twice where they are odd in number
     seen = np.concatenate([first["cells"], second["cells"]])
-    assert seen.size >= 2 * first["training"].size
+    assert seen.size >= 3 * first["training"].size
     assert set(seen) == set(first["training"])

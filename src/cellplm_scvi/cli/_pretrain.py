@@ -159,8 +159,6 @@ def pretrain(
         callbacks=[saving, StepLog(loggers, log_every), *(callbacks or [])],
         ckpt_path=str(checkpoint) if checkpoint.exists() else None,
         **({} if strategy == "auto" else {"strategy": strategy}),
-        # Lightning cannot clip the norm of gradients that are sharded
-        **({"gradient_clip_val": None} if strategy.startswith("fsdp") else {}),
         **_validation(data, network, validate_every),
         **(trainer or {}),
     )

@@ -202,7 +202,11 @@ class CorpusDataModule(pl.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint; raise unless it is of the same corpus and the same minibatches."""
         now = {key: value for key, value in self.state_dict().items() if key != "place"}
-        self._resumed = state_dict.get("place")
+        place, loader = state_dict.get("place"), getattr(self.trainer, "train_dataloader", None)
+        if isinstance(loader, CorpusLoader) and place is not None:
+            loader.load_state_dict(place)  # strategies that shard set the loader up before they restore a checkpoint
+        else:
+            self._resumed = place
         differ = [f"{key} was {state_dict.get(key)}, is {now[key]}" for key in now if state_dict.get(key) != now[key]]
         if differ:
             raise ValueError(f"The checkpoint is of a run with other minibatches: {'; '.join(differ)[:500]}.")

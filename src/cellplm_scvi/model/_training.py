@@ -9,13 +9,20 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from scvi.train import TrainRunner
 
-from cellplm_scvi._compat import devices_dsp, use_distributed_sampler
+from cellplm_scvi._compat import devices_dsp
 from cellplm_scvi.data._checks import some, warn
 from cellplm_scvi.data._splitter import SampleSplitter
 from cellplm_scvi.data._streaming import CorpusDataModule
 from cellplm_scvi.module import PublishedModule
 from cellplm_scvi.nn import MixtureLatent
-from cellplm_scvi.train import CellPLMTrainingPlan, Freeze, PlaceMixtureComponents, frozen
+from cellplm_scvi.train import (
+    CellPLMTrainingPlan,
+    Freeze,
+    PlaceMixtureComponents,
+    frozen,
+    strategy_of,
+    whole_afterwards,
+)
 
 from ._defaults import default_batch_size, default_max_epochs
 from ._extension import unknown_categories
@@ -92,7 +99,8 @@ class TrainingMixin:
             categories that were added last). ``"auto"``: ``"reference"`` after :meth:`load_query_data`, else ``None``.
             Frozen parts have no dropout.
         **trainer_kwargs
-            Of :class:`scvi.train.Trainer`, such as ``precision="bf16-mixed"``, ``strategy="ddp"``, ``callbacks``.
+            Of :class:`scvi.train.Trainer`, such as ``precision="bf16-mixed"``, ``strategy="ddp"``, ``callbacks``. ``strategy="fsdp"``
+            shards weights, gradients and optimiser state over the devices (FSDP2).
         """
         data = datamodule or self._splitter(
             train_size, validation_size, shuffle_set_split, batch_size, datasplitter_kwargs
@@ -130,7 +138,10 @@ class TrainingMixin:
         if isinstance(self.module.latent, MixtureLatent) and not self.is_trained_:  # type: ignore[attr-defined]
             step = None if n_steps is None else n_steps // 3
             callbacks.append(PlaceMixtureComponents(epoch=max_epochs // 3, step=step))
-        with frozen(self.module, freeze), self._history_kept(), self._compiled_at_most_here():
+        if "strategy" in trainer_kwargs:
+            trainer_kwargs["strategy"] = strategy_of(trainer_kwargs["strategy"])
+        sharding = whole_afterwards(self, trainer_kwargs.get("strategy"))
+        with sharding, frozen(self.module, freeze), self._history_kept(), self._compiled_at_most_here():
             # loading leaves a module in evaluation mode, and Lightning trains in the mode that it finds
             self.module.train()
             self._train_runner_cls(
@@ -143,11 +154,7 @@ class TrainingMixin:
                 early_stopping=early_stopping,
                 callbacks=callbacks,
                 # the samplers share their minibatches out among ranks themselves
-                **(
-                    {"use_distributed_sampler": False}
-                    if use_distributed_sampler(trainer_kwargs.get("strategy")) or isinstance(data, CorpusDataModule)
-                    else {}
-                ),
+                **({"use_distributed_sampler": False} if isinstance(data, CorpusDataModule | SampleSplitter) else {}),
                 **{"gradient_clip_val": 1.0, **trainer_kwargs},
             )()
 

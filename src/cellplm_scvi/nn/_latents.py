@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 
 Latent = Literal["mixture", "gaussian", "deterministic"]
@@ -144,10 +145,17 @@ class MixtureLatent(GaussianLatent):
             Of each component, (n_components,), summing to one.
         """
         within = (weight[:, None] * variance.clamp_min(MIN_VARIANCE)).sum(0)
-        self.raw_mean.copy_((mean - (weight[:, None] * mean).sum(0)) / within.sqrt())
+        overwrite(self.raw_mean, (mean - (weight[:, None] * mean).sum(0)) / within.sqrt())
         ratio = (variance.clamp_min(MIN_VARIANCE) / within).log() / MAX_LOG_RATIO
-        self.raw_log_variance.copy_(MAX_LOG_RATIO * torch.atanh(ratio.clamp(-0.7, 0.7)))
-        self.component_logit.copy_(weight.clamp_min(1e-8).log())
+        overwrite(self.raw_log_variance, MAX_LOG_RATIO * torch.atanh(ratio.clamp(-0.7, 0.7)))
+        overwrite(self.component_logit, weight.clamp_min(1e-8).log())
+
+
+def overwrite(parameter: Tensor, value: Tensor) -> None:
+    """Give a parameter the values of a whole tensor, also where the parameter is sharded over devices."""
+    if isinstance(parameter, DTensor):
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    parameter.copy_(value)
 
 
 def latent_space(kind: Latent, n_hidden: int, n_latent: int, n_components: int) -> LatentSpace:

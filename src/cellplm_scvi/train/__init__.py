@@ -4,5 +4,16 @@ from ._callbacks import PlaceMixtureComponents
 from ._checkpoints import SaveTrainingState, StepLog
 from ._freeze import Freeze, frozen
 from ._plan import CellPLMTrainingPlan
+from ._sharding import ShardedStrategy, strategy_of, whole_afterwards
 
-__all__ = ["CellPLMTrainingPlan", "Freeze", "PlaceMixtureComponents", "SaveTrainingState", "StepLog", "frozen"]
+__all__ = [
+    "CellPLMTrainingPlan",
+    "Freeze",
+    "PlaceMixtureComponents",
+    "SaveTrainingState",
+    "ShardedStrategy",
+    "StepLog",
+    "frozen",
+    "strategy_of",
+    "whole_afterwards",
+]

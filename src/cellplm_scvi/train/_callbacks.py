@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from sklearn.cluster import KMeans
 from torch import distributed
+from torch.distributed.fsdp import FSDPModule
 
 from cellplm_scvi._compat import move_to_device
 from cellplm_scvi.nn import MixtureLatent
@@ -53,13 +54,19 @@ class PlaceMixtureComponents(Callback):
         latent = module.latent
         if not isinstance(latent, MixtureLatent):
             return
-        # Every rank sees its own share of the cells; the first one decides.
-        place_components(latent, *self._embed(trainer, module))
+        mean, variance = self._embed(trainer, module)
+        if isinstance(module, FSDPModule):
+            module.reshard()
+        # every rank sees its own share of the cells; the first one decides
+        found = [find_components(mean, variance, latent.n_components)]
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.broadcast_object_list(found, src=0)
+        if found[0] is None:
+            return
+        latent.set_components(*(part.to(module.device) for part in found[0]))
         optimizer = trainer.optimizers[0]
         for parameter in (latent.raw_mean, latent.raw_log_variance, latent.component_logit):
             optimizer.state.pop(parameter, None)
-            if distributed.is_available() and distributed.is_initialized():
-                distributed.broadcast(parameter.data, src=0)
 
     @torch.no_grad()
     def _embed(self, trainer: Trainer, module: CellPLMModule) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,19 +83,25 @@ class PlaceMixtureComponents(Callback):
         return torch.cat(means), torch.cat(variances)
 
 
-def place_components(latent: MixtureLatent, mean: torch.Tensor, variance: torch.Tensor) -> None:
-    """Put the components where k-means finds the cells; with fewer distinct cells than components they stay.
+def find_components(
+    mean: torch.Tensor, variance: torch.Tensor, n_components: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """Find by k-means where the cells are.
 
     Parameters
     ----------
-    latent
-        The mixture.
     mean, variance
         Of q(z|h) of some cells, (n_cells, n_latent).
+    n_components
+        How many components to find.
+
+    Returns
+    -------
+    Means and variances of the components, each (n_components, n_latent), and their weights, (n_components,), on the CPU;
+    ``None`` where there are fewer distinct cells than twice as many.
     """
-    n_components = latent.n_components
     if torch.unique(mean, dim=0).shape[0] < 2 * n_components:
-        return
+        return None
     seed = int(torch.randint(2**31, (1,)).item())
     clusters = KMeans(n_components, n_init=1, random_state=seed).fit(mean.cpu().numpy())
     label = torch.from_numpy(clusters.labels_).long().to(mean.device)
@@ -98,4 +111,4 @@ def place_components(latent: MixtureLatent, mean: torch.Tensor, variance: torch.
     residual = (mean - centre[label]).square() + variance
     # A component of few cells borrows the average spread, as if ten more cells had it.
     spread = (member.T @ residual + 10 * residual.mean(0)) / (size[:, None] + 10)
-    latent.set_components(centre, spread, size / size.sum())
+    return centre.cpu(), spread.cpu(), (size / size.sum()).cpu()

@@ -10,6 +10,9 @@ import torch
 from scvi.module.base import BaseModuleClass, LossOutput
 from scvi.train import TrainingPlan
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from ._sharding import shard
 
 if TYPE_CHECKING:
     from cellplm_scvi._typing import Minibatch
@@ -78,6 +81,16 @@ class CellPLMTrainingPlan(TrainingPlan):
         self.layer_decay = layer_decay
         if compile:
             module.encoder.compile(**({"dynamic": True} | (compile_kwargs or {})))
+
+    @property
+    def use_sync_dist(self) -> bool:
+        """Whether losses are averaged over processes."""
+        return self.trainer.world_size > 1
+
+    def configure_model(self) -> None:
+        """Shard the module where the strategy is to."""
+        if self.device_mesh is not None and not isinstance(self.module, FSDPModule):
+            shard(self.module, self.device_mesh["data_parallel"])  # type: ignore[arg-type]
 
     def training_step(self, batch: Minibatch, batch_idx: int) -> torch.Tensor:
         """One step on a minibatch."""
