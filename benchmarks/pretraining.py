@@ -3,7 +3,7 @@
 The left-out set (`pbmc_3chemistries_symphony`) is embedded zero-shot, and trained on from both starts for as many epochs;
 its validation loss is noted each epoch, and its embedding scored by scib-metrics at a tenth of the epochs and at the end.
 
-    python benchmarks/pretraining.py --folder /tmp/pretraining --max-steps 600
+    python benchmarks/pretraining.py --folder /tmp/pretraining --max-steps 1500 --epochs 50 --seeds 3
     python benchmarks/pretraining.py --folder /tmp/pretraining --table
 """
 
@@ -132,9 +132,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("pretraining"))
     parser.add_argument("--data", type=Path, default=DATA_DIR)
-    parser.add_argument("--max-steps", type=int, default=600)
-    parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--max-steps", type=int, default=1500)
+    parser.add_argument("--epochs", type=int, default=50)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()

@@ -256,3 +256,10 @@ def test_options_that_change_the_model(tissues, build, train, words):
     plain, other = train(build(tissues)), train(build(tissues, **words))
     assert np.isfinite(other.get_latent_representation()).all()
     assert np.abs(other.get_latent_representation() - plain.get_latent_representation()).max() > 0
+
+
+def test_the_former_fsdp_is_refused(tissues, build, train):
+    from lightning.pytorch.strategies import FSDPStrategy
+
+    with pytest.raises(TypeError, match='FSDPStrategy is not supported. Pass strategy="fsdp"'):
+        train(build(tissues), strategy=FSDPStrategy())
