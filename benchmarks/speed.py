@@ -49,6 +49,7 @@ PACKAGES = ("cellplm-scvi", "torch", "scvi-tools", "numpy", "scipy")
 ROWS: dict[str, tuple[str, str, str]] = {
     "step-85m": ("training step, 85M, 1,000 cells x 19,374 genes", ">= 3", ">= 3"),
     "step-256": ("training step, 256 units, 2,000 cells x 2,000 genes", ">= 3", ""),
+    "compile-256": ("the same step, ours as it is, against ours compiled", "", ""),
     "embed-85m": ("embedding, 85M, 8,000 cells x 19,374 genes", ">= 1.5", ">= 3"),
     "epoch": ("one epoch, 12,000 cells x 1,300 genes, defaults, against scVI", ">= 1", ""),
     "growth one sample": ("time a cell, 5,000 / 100,000 cells, one sample", ">= 0.87", ""),
@@ -71,6 +72,11 @@ def sides(row: str, config: Path | None, folder: Path) -> dict[str, Callable[[],
         case "step-256":
             arguments = (small, 2000, DENSITY)
             return {"ours": partial(our_step, *arguments), "peer": partial(published_step, *arguments)}
+        case "compile-256":
+            return {
+                "ours": partial(our_step, small, 2000, DENSITY),
+                "peer": partial(our_step, small, 2000, DENSITY, compile=True),
+            }
         case "embed-85m":
             arguments = (large, folder, 8000, DENSITY)
             return {"ours": partial(our_embedding, *arguments), "peer": partial(published_embedding, *arguments)}

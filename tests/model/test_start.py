@@ -96,3 +96,40 @@ def test_the_start_looks_at_training_cells_only(model, shifted, train):
         train(grown, **(STILL | {"train_size": None}), datasplitter_kwargs={"external_indexing": parts})
         starts.append(grown.module.decoder.bias.detach().clone())
     torch.testing.assert_close(starts[0], starts[1], rtol=0, atol=1e-6)
+
+
+def test_a_call_that_is_refused_leaves_the_model_as_it_is(model, shifted, train):
+    grown = CellPLM.from_pretrained(model, shifted, new_categories="add", accelerator="cpu")
+    before = {name: p.clone() for name, p in grown.module.state_dict().items()}
+    with pytest.raises(ValueError, match='freeze="all"'):
+        train(grown, freeze="all")
+    for name, p in grown.module.state_dict().items():
+        assert torch.equal(p, before[name]), name
+
+
+def test_a_saved_model_that_was_trained_here_does_not_start_anew(model, shifted, train, tmp_path):
+    grown = train(CellPLM.from_pretrained(model, shifted, new_categories="add", accelerator="cpu"), **STILL)
+    grown.save(tmp_path / "model")
+    again = CellPLM.load(tmp_path / "model", adata=shifted, accelerator="cpu")
+    train(again, **STILL)
+    for before, after in zip(grown.module.decoders, again.module.decoders, strict=True):
+        torch.testing.assert_close(after.bias, before.bias, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_expected_counts_are_never_further_off_than_before(model, make_tissues, train, seed):
+    """Data that have nothing to do with what the model saw, a few genes with nearly all counts, others with none."""
+    adata = make_tissues(120, 30, seed=seed, spatial=True)
+    rng = np.random.default_rng(seed)
+    adata.X = rng.poisson(rng.lognormal(-2, 4, 30).clip(0, 1e4) * rng.lognormal(0, 2, (120, 30))).astype(np.float32)
+    adata.obs["batch"] = np.where(np.arange(120) % 2, "new1", "new2")
+    grown = CellPLM.from_pretrained(model, adata, new_categories="add", accelerator="cpu")
+
+    def deviance() -> float:
+        expected = grown.get_normalized_expression(return_numpy=True) * adata.X.sum(1, keepdims=True)
+        observed, expected = adata.X.sum(0).astype(float), expected.sum(0).astype(float)
+        return float((observed * np.log(np.maximum(observed, 1e-9) / expected) - observed + expected).sum())
+
+    before = deviance()
+    train(grown, **STILL)
+    assert deviance() < before

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback
 
 from cellplm_scvi import CellPLM
+from cellplm_scvi.train import ShardedStrategy, whole_afterwards
 
 OPTIONS = [
     (encoder, latent, position)
@@ -258,8 +259,23 @@ def test_options_that_change_the_model(tissues, build, train, words):
     assert np.abs(other.get_latent_representation() - plain.get_latent_representation()).max() > 0
 
 
-def test_the_former_fsdp_is_refused(tissues, build, train):
-    from lightning.pytorch.strategies import FSDPStrategy
+@pytest.mark.parametrize("strategy", ["fsdp_cpu_offload", "FSDPStrategy", "ModelParallelStrategy"])
+def test_other_ways_to_shard_are_refused(tissues, build, train, strategy):
+    import lightning.pytorch.strategies as strategies
 
-    with pytest.raises(TypeError, match='FSDPStrategy is not supported. Pass strategy="fsdp"'):
-        train(build(tissues), strategy=FSDPStrategy())
+    given = getattr(strategies, strategy)() if hasattr(strategies, strategy) else strategy
+    with pytest.raises(ValueError, match=f'strategy="?{strategy}"? is not supported. Pass strategy="fsdp"'):
+        train(build(tissues), strategy=given)
+
+
+def test_a_sharded_training_that_raises_leaves_the_model_as_it_was(clone, models):
+    model = clone(models["dissociated"])
+    before = {name: p.clone() for name, p in model.module.state_dict().items()}
+    training = whole_afterwards(model, ShardedStrategy())
+    training.__enter__()
+    for parameter in model.module.parameters():
+        parameter.data += 1
+    stopped = RuntimeError("stopped")
+    assert not training.__exit__(RuntimeError, stopped, None)
+    for name, p in model.module.state_dict().items():
+        assert torch.equal(p, before[name]), name

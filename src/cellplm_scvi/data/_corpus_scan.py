@@ -129,8 +129,7 @@ def _order(cells: Cells, keys: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
     for rows in rows_by_sample(codes, np.arange(cells.n_cells)):
         has_position = located(cells.coordinates, rows)
         placed, loose = rows[has_position], rows[~has_position]
-        if placed.size:
-            assert cells.coordinates is not None
+        if cells.coordinates is not None and placed.size:
             placed = placed[np.lexsort((names[placed], *cells.coordinates[placed].T))]
             cut = tiles(cells.coordinates[placed], -(-placed.size // TILE))
             placed = placed[np.concatenate(cut)]

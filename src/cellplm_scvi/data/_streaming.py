@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import lightning.pytorch as pl
 import numpy as np
@@ -330,9 +330,10 @@ class InferenceLoader:
     def numbered(self, units: list[Unit] | None = None) -> Iterator[tuple[np.ndarray, Minibatch]]:
         """Minibatches with the rows of the corpus of their cells that count."""
         stream = WholeStream(self.data.cells, self.units() if units is None else units, self.data.max_context)
-        for rows, minibatch in CorpusLoader(stream, self.data.num_workers).numbered():
-            assert rows is not None
-            yield rows, minibatch
+        # only minibatches for training come without rows
+        yield from cast(
+            "Iterator[tuple[np.ndarray, Minibatch]]", CorpusLoader(stream, self.data.num_workers).numbered()
+        )
 
     def __iter__(self) -> Iterator[Minibatch]:
         for _, minibatch in self.numbered():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import numpy as np
 import pandas as pd
@@ -155,8 +155,7 @@ class PerturbationTrainingMixin:
     def _fit_perturbation(
         self, table: CellTable, pairs: ControlPairs, n_steps: int, lr: float, progress_bar: bool
     ) -> None:
-        module, head = self.module, self.module.perturbation
-        assert head is not None
+        module, head = self.module, cast("PerturbationHead", self.module.perturbation)  # which was added just now
         module.eval()
         changes = observed_changes(table, pairs)
         names = self._perturbation["elements"]  # type: ignore[index]

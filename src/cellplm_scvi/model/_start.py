@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cellplm_scvi._compat import move_to_device
 from cellplm_scvi.module import ExpressionDistribution
 from cellplm_scvi.nn import AddedCodes
 
@@ -92,16 +93,17 @@ def _move_biases(decoder: BatchAwareDecoder, means: _Means) -> None:
 def _move_codes(decoder: BatchAwareDecoder, means: _Means, covariate: str, table: AddedCodes) -> None:
     start = table.weight.clone()
     before = means.totals(covariate, table.n_categories)
-    # a column for what is common to all genes
-    weight = torch.nn.functional.pad(decoder.weight.double(), (0, 1), value=1.0)
-    ridge = weight.new_full((weight.shape[1],), float(decoder.weight.square().sum(1).mean()) / PRIOR_SD**2)
+    # in float64, which not every device has; a column for what is common to all genes
+    weight = torch.nn.functional.pad(decoder.weight.cpu().double(), (0, 1), value=1.0)
+    ridge = torch.full((weight.shape[1],), float(decoder.weight.square().sum(1).mean()) / PRIOR_SD**2).double()
     ridge[-1] = 1e-6
-    for row in range(table.weight.shape[0]):
-        code = table.n_known + row
-        weighted = weight * before.precision[code].double()[:, None]
-        target = weighted.T @ before.fold_changes[code].double()
-        solution = torch.linalg.solve(weighted.T @ weight + ridge.diag(), target)
-        table.weight[row] += solution[:-1].to(table.weight)
+    added = slice(table.n_known, None)
+    for row, precision, fold_changes in zip(
+        table.weight, before.precision[added].cpu().double(), before.fold_changes[added].cpu().double(), strict=True
+    ):
+        weighted = weight * precision[:, None]
+        solution = torch.linalg.solve(weighted.T @ weight + ridge.diag(), weighted.T @ fold_changes)
+        row += solution[:-1].to(row)
     if not means.totals(covariate, table.n_categories).deviance() < before.deviance():
         table.weight.copy_(start)
 
@@ -119,14 +121,14 @@ class _Means:
         module, decoder = self.module, self.decoder
         observed, expected = torch.zeros(2, n_categories, module.n_genes, device=module.device)
         for tensors in self.cells:
-            tensors = {name: tensor.to(module.device) for name, tensor in tensors.items()}
-            outputs = module.inference(tensors)  # type: ignore[arg-type]
-            inputs = module._get_generative_input(tensors, outputs)  # type: ignore[arg-type]
-            hidden = decoder(outputs["qzm"], inputs["covariates"])
-            output = decoder.output(inputs["measured"])
-            px = ExpressionDistribution(hidden, output, outputs["library"], inputs["panel"])
+            tensors = move_to_device(tensors, module.device)
+            # the loader brings the means of q(z|h)
+            encoded = {"z": tensors["qz_mean"], "library": tensors["library"]}
+            inputs = module._get_generative_input(tensors, encoded)  # type: ignore[arg-type]
+            hidden, output = decoder(inputs["z"], inputs["covariates"]), decoder.output(inputs["measured"])
+            px = ExpressionDistribution(hidden, output, inputs["library"], inputs["panel"])
             code = inputs["covariates"][covariate] if covariate else torch.zeros_like(px.library, dtype=torch.long)
             known = (code >= 0) & (code < n_categories)
-            observed.index_add_(0, code[known], module.counts(tensors).to_dense()[known])  # type: ignore[arg-type]
+            observed.index_add_(0, code[known], module.counts(tensors).to_dense()[known])
             expected.index_add_(0, code[known], px.mean[known])
         return _Totals(observed, expected)

@@ -124,9 +124,8 @@ class TrainingMixin:
                 'these train with the mean one. from_pretrained(..., new_categories="add") or load_query_data add them.'
             )
         freeze = self._default_freeze if freeze == "auto" else freeze  # type: ignore[attr-defined]
-        if self.is_trained_ and not self.history_ and isinstance(data, SampleSplitter):  # type: ignore[attr-defined, has-type]
-            # the weights come from elsewhere
-            start_decoders(self, data.train_idx, biases=freeze != "reference")  # type: ignore[arg-type]
+        # of weights that come from elsewhere, and have not been trained here
+        starts = self.is_trained_ and not self.history_  # type: ignore[attr-defined, has-type]
         # of a corpus there may be few epochs: what happens in between them happens at steps
         n_steps = None
         if isinstance(data, CorpusDataModule):
@@ -142,6 +141,8 @@ class TrainingMixin:
             trainer_kwargs["strategy"] = strategy_of(trainer_kwargs["strategy"])
         sharding = whole_afterwards(self, trainer_kwargs.get("strategy"))
         with sharding, frozen(self.module, freeze), self._history_kept(), self._compiled_at_most_here():
+            if starts and isinstance(data, SampleSplitter):
+                start_decoders(self, data.train_idx, biases=freeze != "reference")  # type: ignore[arg-type]
             # loading leaves a module in evaluation mode, and Lightning trains in the mode that it finds
             self.module.train()
             self._train_runner_cls(

@@ -44,12 +44,17 @@ def strategy_of(given: Any) -> Any:
 
     Raises
     ------
-    TypeError
-        For Lightning's strategy of the former FSDP, which leaves a model behind that cannot be used.
+    ValueError
+        For Lightning's strategies that shard in other ways: the former FSDP leaves a model behind that cannot be used, and
+        tensors are not split here.
     """
-    if isinstance(given, FSDPStrategy):
-        raise TypeError(f'FSDPStrategy is not supported. Pass strategy="{FSDP}", which shards by FSDP2.')
-    return ShardedStrategy() if given == FSDP else given
+    if given == FSDP:
+        return ShardedStrategy()
+    former = given.startswith(FSDP) if isinstance(given, str) else isinstance(given, FSDPStrategy)
+    if former or (isinstance(given, ModelParallelStrategy) and not isinstance(given, ShardedStrategy)):
+        name = f'"{given}"' if isinstance(given, str) else type(given).__name__
+        raise ValueError(f'strategy={name} is not supported. Pass strategy="{FSDP}", which shards by FSDP2.')
+    return given
 
 
 def shard(module: CellPLMModule, mesh: DeviceMesh) -> None:
@@ -62,12 +67,20 @@ def shard(module: CellPLMModule, mesh: DeviceMesh) -> None:
 
 @contextmanager
 def whole_afterwards(model: Any, strategy: Any) -> Iterator[None]:
-    """Give a model, after training that shards its module, a whole one with the trained weights, on every rank."""
-    if not isinstance(strategy, ModelParallelStrategy):
+    """Give a model, after training that shards its module, a whole one with the trained weights, on every rank.
+
+    Where training raises, the module is again what it was before.
+    """
+    if not isinstance(strategy, ShardedStrategy):
         yield
         return
     whole: nn.Module = deepcopy(model.module)
-    yield
+    try:
+        yield
+    except BaseException:
+        # other processes may be elsewhere, so nothing can be gathered
+        model.module = whole
+        raise
     state = get_model_state_dict(model.module, options=StateDictOptions(full_state_dict=True))
     whole.load_state_dict(state)
     model.module = whole.to(model.module.device).eval()
