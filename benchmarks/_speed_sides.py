@@ -84,14 +84,14 @@ def published_package(folder: Path) -> bool:
     return True
 
 
-def our_step(entries: dict[str, Any], n_cells: int, density: float, *, compile: bool = False) -> Work:
-    """Loss, backward pass and optimiser step of the published network in our package, its encoder compiled or not."""
+def our_step(entries: dict[str, Any], n_cells: int, density: float, **plan_kwargs: bool) -> Work:
+    """Loss, backward pass and optimiser step of the published network in our package."""
     x = counts(n_cells, entries["out_dim"], density)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "speed.config.json"
         path.write_text(json.dumps(entries))
         module = PublishedModule(read_config(path).config).train()
-    plan = CellPLMTrainingPlan(module, lr=entries["lr"], compile=compile)
+    plan = CellPLMTrainingPlan(module, lr=entries["lr"], **plan_kwargs)
     optimizer = plan._optimizer_creator_fn(torch.optim.AdamW)(plan.parameter_groups())
     tensors = {
         "values": torch.from_numpy(x.data),

@@ -72,7 +72,7 @@ def test_flow_attention_is_the_formula(sizes, seed):
     torch.manual_seed(seed)
     attention = FlowAttention(8, 2).eval()
     x = 2 * rows(sum(sizes), seed=seed)
-    q, k, v = attention.heads(x)
+    q, k, v = attention.heads(attention.qkv(x))
     found = attention.attend(q, k, v, Packing(torch.tensor(sizes)))
     for head in range(2):
         parts = zip(*(t[:, head].split(sizes) for t in (q, k, v)), strict=True)
@@ -80,11 +80,29 @@ def test_flow_attention_is_the_formula(sizes, seed):
         assert torch.allclose(found[:, head], expected, atol=1e-5)
 
 
+@settings(max_examples=25)
+@given(st.integers(1, 60), st.integers(0, 1000), st.sampled_from([0.5, 3.0]))
+def test_flow_attention_of_one_sample_has_the_gradient_of_the_formula(n, seed, scale):
+    """What a CPU computes in one go, against automatic differentiation of :meth:`FlowAttention.attend`."""
+    torch.manual_seed(seed)
+    attention, packing = FlowAttention(12, 3), Packing(torch.tensor([n]))
+    qkv = scale * rows(n, 36, seed)
+    found, expected = (
+        torch.autograd.functional.vjp(function, qkv, rows(n, 12, seed + 1))
+        for function in (
+            lambda x: attention.mix(x, packing),
+            lambda x: attention.attend(*attention.heads(x), packing).flatten(1),
+        )
+    )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 @given(lengths, st.integers(0, 1000))
 def test_softmax_attention_is_the_formula(sizes, seed):
     torch.manual_seed(seed)
     attention = SoftmaxAttention(8, 2).eval()
-    q, k, v = attention.heads(2 * rows(sum(sizes), seed=seed))
+    q, k, v = attention.heads(attention.qkv(2 * rows(sum(sizes), seed=seed)))
     found = attention.attend(q, k, v, Packing(torch.tensor(sizes)))
     for head in range(2):
         parts = zip(*(t[:, head].split(sizes) for t in (q, k, v)), strict=True)
@@ -120,7 +138,7 @@ def test_local_attention_is_the_formula(n, k, seed):
     attention = LocalAttention(8, 2).eval()
     x, near = rows(n, seed=seed), neighbourhood(n, k, seed)
     found = attention(x, near)
-    q, keys, v = attention.heads(x)
+    q, keys, v = attention.heads(attention.qkv(x))
     mixed = torch.zeros(n, 2, 4)
     for cell in range(n):
         present = near.index[cell] >= 0
@@ -164,6 +182,6 @@ def test_local_attention_prefers_near_cells():
         attention.qkv.weight[:16] = 0
         attention.qkv.bias[:16] = 0
     x = rows(3)
-    _, _, v = attention.heads(x)
+    _, _, v = attention.heads(attention.qkv(x))
     near = Neighbourhood(torch.tensor([[1, 2]] * 3), torch.tensor([[0.0, 50.0]] * 3))
     assert torch.allclose(attention(x, near)[0], attention.out(v[1].flatten()), atol=1e-5)

@@ -165,8 +165,16 @@ def test_chunks_do_not_matter(shape, panels, rest):
     whole = run()
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(nb.CHUNK_ENTRIES, "cpu", 2 * output.weight.shape[0])
+        patch.setattr(nb, "MIN_CHUNK_ROWS", 1)
         for one, other in zip(run(), whole, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_digamma_of_positive_numbers():
+    """Against torch's in double precision, relative to its size."""
+    x = torch.logspace(-4, 6, 500)
+    exact = torch.digamma(x.double())
+    assert float(((nb._digamma(x.clone()) - exact).abs() / (1 + exact.abs())).max()) < 2e-6
 
 
 def test_slopes_by_finite_differences():

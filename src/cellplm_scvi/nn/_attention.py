@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._dropout import dropout
+from ._flow import EPS, flow_attention
 from ._sparse import CACHE_ENTRIES
-
-EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -162,9 +161,9 @@ class Attention(nn.Module, ABC):
         self.qkv = nn.Linear(n_hidden, 3 * n_hidden)
         self.out = nn.Linear(n_hidden, n_hidden)
 
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each (n_cells, n_heads, d_head)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).unbind(1)
+    def heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, (n_cells, 3 * n_hidden) -> three of (n_cells, n_heads, d_head)."""
+        q, k, v = qkv.unflatten(-1, (3, self.n_heads, -1)).unbind(1)
         return q, k, v
 
     def dropped(self, x: Tensor) -> Tensor:
@@ -182,10 +181,13 @@ class GlobalAttention(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
         """(n_cells, n_heads, d_head) three times -> the same shape."""
 
+    def mix(self, qkv: Tensor, packing: Packing) -> Tensor:
+        """(n_cells, 3 * n_hidden) -> (n_cells, n_hidden)."""
+        return self.attend(*self.heads(qkv), packing).flatten(1)
+
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         """Mix the cells of each packed sample, (n_cells, n_hidden) -> (n_cells, n_hidden)."""
-        mixed = self.attend(*self.heads(x), packing)
-        return self.dropped(self.out(mixed.flatten(1).to(x.dtype)))
+        return self.dropped(self.out(self.mix(self.qkv(x), packing).to(x.dtype)))
 
 
 class FlowAttention(GlobalAttention):
@@ -206,6 +208,12 @@ class FlowAttention(GlobalAttention):
         if packing.n_samples > 1:
             packing.block_sample  # noqa: B018
         packing.segment  # noqa: B018
+
+    def mix(self, qkv: Tensor, packing: Packing) -> Tensor:
+        if packing.n_samples == 1 and qkv.device.type == "cpu" and not torch.compiler.is_compiling():
+            with torch.autocast("cpu", enabled=False):
+                return flow_attention(qkv, self.n_heads)
+        return super().mix(qkv, packing)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
         q, k, v = q.float().sigmoid(), k.float().sigmoid(), v.float()
@@ -275,7 +283,7 @@ class LocalAttention(Attention):
 
     def forward(self, x: Tensor, neighbourhood: Neighbourhood) -> Tensor:
         """(n_cells, n_hidden) -> (n_cells, n_hidden)."""
-        q, k, v = self.heads(x)
+        q, k, v = self.heads(self.qkv(x))
         if x.device.type == "cpu" and not torch.is_grad_enabled():
             # each cell brings k neighbours: so many cells at a time that these fit the cache
             size = max(1, CACHE_ENTRIES // 4 // max(neighbourhood.index.shape[1] * x.shape[1], 1))

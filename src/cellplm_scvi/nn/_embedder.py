@@ -57,7 +57,7 @@ class GeneEmbedder(nn.Module):
         values = counts.values
         if self.normalises:
             scale = self.target_sum / library.clamp_min(1e-8)
-            values = values * scale[counts.rows]
+            values = values * scale.index_select(0, counts.rows)
         return counts.with_values(torch.log1p(values))
 
     def forward(self, counts: SparseCounts, library: Tensor, mark: Mark | None = None) -> Tensor:

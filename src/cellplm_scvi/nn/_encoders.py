@@ -5,7 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ._attention import FlowAttention, GlobalAttention, LocalAttention, Neighbourhood, Packing, SoftmaxAttention
 from ._dropout import Dropout
@@ -21,6 +23,14 @@ class CellEncoder(nn.Module, ABC):
 
     #: attention between all the cells of a sample, ``None`` for none
     attention: type[GlobalAttention] | None
+    #: whether the backward pass computes the states inside a layer again instead of keeping them
+    recompute = False
+
+    def run(self, layer: nn.Module, x: Tensor, *context: Packing | Neighbourhood | None) -> Tensor:
+        """Output of a layer, (n_cells, n_hidden)."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(layer, x, *context, use_reentrant=False)
+        return layer(x, *context)
 
     def packing(self, lengths: Tensor) -> Packing:
         """The packing of samples of ``lengths`` cells, (n_samples,), with what the attention needs of it."""
@@ -97,5 +107,5 @@ class TransformerEncoder(CellEncoder):
 
     def forward(self, x: Tensor, packing: Packing, neighbourhood: Neighbourhood | None) -> Tensor:
         for layer in self.layers:
-            x = layer(x, packing, neighbourhood)
+            x = self.run(layer, x, packing, neighbourhood)
         return self.norm(x)

@@ -43,7 +43,7 @@ class GeneMasking:
     def __call__(self, counts: SparseCounts) -> SparseCounts:
         """Counts with the masked entries set to zero."""
         rates = self.rates(counts.n_cells, counts.values.device)
-        keep = torch.rand_like(counts.values) >= rates[counts.rows]
+        keep = torch.rand_like(counts.values) >= rates.index_select(0, counts.rows)
         return counts.with_values(counts.values * keep)
 
 

@@ -43,13 +43,16 @@ class SparseCounts:
 
     @cached_property
     def rows(self) -> Tensor:
-        """Cell (row) of each entry, (n_nonzero,)."""
-        cells = torch.arange(self.n_cells, device=self.offsets.device)
+        """Cell (row) of each entry, (n_nonzero,), as int32, which takes half the memory."""
+        cells = torch.arange(self.n_cells, dtype=torch.int32, device=self.offsets.device)
         return torch.repeat_interleave(cells, self.offsets.diff(), output_size=self.values.shape[0])
 
     def with_values(self, values: Tensor) -> SparseCounts:
         """The same non-zero pattern with other values."""
-        return replace(self, values=values)
+        other = replace(self, values=values)
+        if "rows" in self.__dict__:  # computed already
+            other.__dict__["rows"] = self.rows
+        return other
 
     def select(self, cells: Tensor) -> SparseCounts:
         """Rows where ``cells``, (n_cells,) boolean, is true."""
@@ -60,17 +63,23 @@ class SparseCounts:
 
     def sum(self) -> Tensor:
         """Total of each cell, (n_cells,)."""
-        return self.values.new_zeros(self.n_cells).index_add_(0, self.rows, self.values)
+        return segment_sums(self.values, self.offsets)
 
     def matmul(self, dense: Tensor) -> Tensor:
         """Product with a dense (n_genes, d) matrix, differentiable in the latter only, (n_cells, d)."""
-        return _SparseMatmul.apply(self.values, self.genes, self.offsets, dense)
+        rows = self.rows if dense.requires_grad and torch.is_grad_enabled() else None
+        return _SparseMatmul.apply(self.values, self.genes, self.offsets, rows, dense)
 
     def to_dense(self) -> Tensor:
         """Dense (n_cells, n_genes) matrix."""
         dense = self.values.new_zeros(self.n_cells, self.n_genes)
         dense[self.rows, self.genes] = self.values
         return dense
+
+
+def segment_sums(values: Tensor, offsets: Tensor) -> Tensor:
+    """Sum of the values between one offset and the next, (n_offsets - 1,)."""
+    return torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True)
 
 
 class _SparseMatmul(torch.autograd.Function):
@@ -82,8 +91,8 @@ class _SparseMatmul(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, values: Tensor, genes: Tensor, offsets: Tensor, dense: Tensor) -> Tensor:
-        ctx.save_for_backward(values, genes, offsets)
+    def forward(ctx, values: Tensor, genes: Tensor, offsets: Tensor, rows: Tensor | None, dense: Tensor) -> Tensor:
+        ctx.save_for_backward(values, genes, rows)
         ctx.n_genes = dense.shape[0]
         ctx.dtype = dense.dtype
         with torch.autocast(dense.device.type, enabled=False):
@@ -92,14 +101,16 @@ class _SparseMatmul(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output: Tensor):
-        values, genes, offsets = ctx.saved_tensors
-        cells = torch.arange(offsets.shape[0] - 1, device=genes.device)
-        cells = torch.repeat_interleave(cells, offsets.diff(), output_size=genes.shape[0])
-        by_gene, order = genes.sort(stable=True)
-        gene_offsets = torch.searchsorted(by_gene, torch.arange(ctx.n_genes + 1, device=genes.device))
+        values, genes, rows = ctx.saved_tensors
+        # a sort takes time by the bytes of its keys
+        keys = genes.to(torch.int16 if ctx.n_genes < 1 << 15 else torch.int32)
+        by_gene, order = keys.sort(stable=True)
+        gene_offsets = torch.searchsorted(by_gene, torch.arange(ctx.n_genes + 1, dtype=keys.dtype, device=genes.device))
         with torch.autocast(grad_output.device.type, enabled=False):
-            grad = _weighted_bags(values.float()[order], cells[order], gene_offsets, grad_output.float())
-        return None, None, None, grad.to(ctx.dtype)
+            weights = values.float().index_select(0, order)
+            rows = rows.index_select(0, order)
+            grad = _weighted_bags(weights, rows, gene_offsets.to(rows.dtype), grad_output.float())
+        return None, None, None, None, grad.to(ctx.dtype)
 
 
 def _weighted_bags(weights: Tensor, index: Tensor, offsets: Tensor, table: Tensor) -> Tensor:
@@ -116,4 +127,7 @@ def _weighted_bags(weights: Tensor, index: Tensor, offsets: Tensor, table: Tenso
     width = max(64, CACHE_ENTRIES // max(table.shape[0], 1) // 64 * 64)
     if table.device.type != "cpu" or table.shape[1] <= width:
         return bags(table)
-    return torch.cat([bags(columns) for columns in table.split(width, dim=1)], dim=1)
+    total = table.new_empty(offsets.shape[0] - 1, table.shape[1])
+    for columns, place in zip(table.split(width, dim=1), total.split(width, dim=1), strict=True):
+        place.copy_(bags(columns))
+    return total

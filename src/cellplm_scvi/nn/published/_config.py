@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 PublishedNorm = Literal["groupnorm", "layernorm", "rmsnorm", "none"]
 PublishedLatentKind = Literal["gmvae", "vae", "ae"]
@@ -125,11 +126,23 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(n_hidden, eps=1e-6)
 
 
+class GroupNorm(nn.GroupNorm):
+    """Group norm of rows, computed as a layer norm of each group, whose backward pass is far quicker on a CPU."""
+
+    def __init__(self, n_hidden: int):
+        super().__init__(NORM_GROUPS, n_hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = x.unflatten(-1, (self.num_groups, -1))
+        normed = nn.functional.layer_norm(groups, groups.shape[-1:], eps=self.eps)
+        return torch.addcmul(self.bias, normed.flatten(-2), self.weight)
+
+
 def published_norm(kind: PublishedNorm, n_hidden: int) -> nn.Module:
     """The norm for a word."""
     match kind:
         case "groupnorm":
-            return nn.GroupNorm(NORM_GROUPS, n_hidden)
+            return GroupNorm(n_hidden)
         case "layernorm":
             return nn.LayerNorm(n_hidden)
         case "rmsnorm":

@@ -15,12 +15,11 @@ ATTENTION_DROPOUT = 0.01
 
 
 class PublishedAttention(FlowAttention):
-    """Flow attention with the published dropout, twice after the output projection."""
+    """Flow attention with the published dropout, twice after the output projection: what both keep is drawn at once."""
 
     def dropped(self, x: Tensor) -> Tensor:
-        if self.dropout_rate > 0:
-            x = dropout(x, ATTENTION_DROPOUT, self.training)
-        return super().dropped(x)
+        rate = 1 - (1 - self.dropout_rate) * (1 - ATTENTION_DROPOUT) if self.dropout_rate > 0 else 0.0
+        return dropout(x, rate, self.training)
 
 
 class PublishedLayer(nn.Module):
@@ -54,5 +53,5 @@ class PublishedEncoder(CellEncoder):
 
     def forward(self, x: Tensor, packing: Packing, neighbourhood: Neighbourhood | None = None) -> Tensor:
         for layer in self.layers:
-            x = layer(x, packing)
+            x = self.run(layer, x, packing)
         return self.norm(x)
