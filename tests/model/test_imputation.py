@@ -8,10 +8,12 @@ import pytest
 import scipy.sparse as sp
 import torch
 from anndata import AnnData
+from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 
 from cellplm_scvi import CellPLM
 from cellplm_scvi.data import synthetic_tissues, true_shares
+from cellplm_scvi.model import _panel_regression
 from cellplm_scvi.model._panel_regression import _fit
 from cellplm_scvi.nn import PanelMasking, SparseCounts
 
@@ -208,13 +210,14 @@ def test_the_regression_adds_what_the_embedding_lost(adata, known):
 
 
 @pytest.mark.parametrize("n_cells", [60, 7])
-def test_the_regression_is_the_ridge_of_standardised_logs(n_cells):
+def test_the_regression_is_ridge_on_principal_vectors_of_standardised_logs(n_cells):
     rng = np.random.default_rng(0)
-    state = rng.normal(size=(200, 1))
-    reference = sp.csr_matrix(rng.poisson(np.exp(state * rng.normal(size=12) + 1)).astype(np.float32))
-    own = sp.csr_matrix(rng.poisson(3, (n_cells, 12)).astype(np.float32))
+    loadings = rng.normal(size=12)
+    states = (rng.normal(size=(n, 1)) for n in (200, n_cells))
+    reference, own = (sp.csr_matrix(rng.poisson(np.exp(s * loadings + 1)).astype(np.float32)) for s in states)
     shared, genes = np.arange(8), np.array([9, 11])
     fit = _fit(reference, own, shared, genes, 0)
+    assert fit is not None
 
     def logs(x, columns, depth):
         x = x.toarray()
@@ -222,9 +225,31 @@ def test_the_regression_is_the_ridge_of_standardised_logs(n_cells):
 
     depth = np.median(own.toarray()[:, shared].sum(1))
     x, y, new = logs(reference, shared, depth), logs(reference, genes, depth), logs(own, shared, depth)
-    ridge = Ridge(alpha=len(x)).fit((x - x.mean(0)) / x.std(0), y)
-    expected = ridge.predict((new - new.mean(0)) / new.std(0)) - ridge.intercept_
+    x, new = ((values - values.mean(0)) / values.std(0) for values in (x, new))
+    components, own_components = (PCA(min(4, n_cells - 1)).fit(values).components_ for values in (x, new))
+    rotation, cosine, _ = np.linalg.svd(components @ own_components.T)
+    directions = components.T @ rotation[:, cosine > 0.5]
+    assert 1 <= directions.shape[1] < len(components)
+    ridge = Ridge(alpha=len(x)).fit(x @ directions, y)
+    expected = ridge.predict(new @ directions) - ridge.intercept_
     np.testing.assert_allclose(fit.deviation(own), expected, atol=1e-4)
+
+
+def test_data_sets_that_vary_along_different_genes_have_no_regression():
+    """One program of genes in the reference, another in the cells to impute."""
+    rng = np.random.default_rng(0)
+    programs = np.zeros((2, 42))
+    # half of a program up, half down, so that the totals of cells say nothing
+    programs[0, :10] = programs[1, 20:30] = programs[0, 40] = 0.7
+    programs[0, 10:20] = programs[1, 30:40] = programs[0, 41] = -0.7
+    reference, own = (
+        sp.csr_matrix(rng.poisson(np.exp(rng.normal(size=(300, 1)) * program + 2)).astype(np.float32))
+        for program in programs
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_panel_regression, "MAX_COMPONENTS", 1)
+        assert _fit(reference, own, np.arange(40), np.array([40, 41]), 0) is None
+        assert _fit(reference, reference, np.arange(40), np.array([40, 41]), 0) is not None
 
 
 def test_genes_that_cells_without_positions_teach_do_not_depend_on_positions(model, adata, known):

@@ -20,6 +20,8 @@ MIN_REFERENCE, MIN_SHARED = 20, 5
 FLOOR = 0.1
 #: L2 penalty relative to the number of cells, for standardised genes
 PENALTY = 1.0
+#: most principal components of each side, and least cosine of a pair of principal vectors
+MAX_COMPONENTS, MIN_COSINE = 50, 0.5
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class PanelRegression:
     """Ridge regression of log expression, from a reference to the cells of a panel.
 
     Genes are standardised in the reference and in the data set that is imputed, each by itself, so that the two need not agree
-    in means and scales. What is predicted is the deviation from the data set's mean.
+    in means and scales. What is predicted is the deviation from the data set's mean. Only directions along which the cells
+    of both vary are used, see :func:`_common_directions`: where assays differ, genes vary together in one that do not in the other.
 
     Parameters
     ----------
@@ -119,14 +122,35 @@ def _fit(
     if shared.size > MAX_SHARED:
         keep = np.sort(np.argsort(-_moments(x)[1], kind="stable")[:MAX_SHARED])
         shared, x = shared[keep], x[:, keep]
+    own_x = _log_normalised(own[totals > 0], shared, depth)[0]
     y = (sp.diags(scale_of_cell) @ reference[:, genes]).log1p().tocsr()
     (mean, deviation), y_mean = _moments(x), _moments(y)[0]
-    # sums of products of standardised genes, without a dense matrix of cells x genes
-    gram = ((x.T @ x).toarray() - n * np.outer(mean, mean)) / np.outer(deviation, deviation)
+    gram = _gram(x)
     cross = ((x.T @ y).toarray() - n * np.outer(mean, y_mean)) / deviation[:, None]
-    coefficient = np.linalg.solve(gram + PENALTY * n * np.eye(shared.size), cross)
-    own_mean, own_deviation = _moments(_log_normalised(own[totals > 0], shared, depth)[0])
-    return PanelRegression(panel, shared, genes, coefficient, own_mean, own_deviation, depth)
+    directions = _common_directions(gram, _gram(own_x), min(n, own_x.shape[0]))
+    if directions.shape[1] == 0:
+        return None
+    penalty = PENALTY * n * np.eye(directions.shape[1])
+    coefficient = directions @ np.linalg.solve(directions.T @ gram @ directions + penalty, directions.T @ cross)
+    return PanelRegression(panel, shared, genes, coefficient, *_moments(own_x), depth)
+
+
+def _gram(x: sp.csr_matrix) -> np.ndarray:
+    """Products of the standardised columns, (n_columns, n_columns), without a dense matrix of cells x columns."""
+    mean, deviation = _moments(x)
+    return ((x.T @ x).toarray() - x.shape[0] * np.outer(mean, mean)) / np.outer(deviation, deviation)
+
+
+def _common_directions(gram: np.ndarray, own_gram: np.ndarray, n_cells: int) -> np.ndarray:
+    """Principal vectors of the reference that the cells to impute share, (n_shared, n_directions), orthonormal.
+
+    The principal components of both data sets are rotated to pairs of vectors, each the closest that is left (principal
+    vectors; Mourragui et al. 2019, Abdelaal et al. 2020). Those of the reference are taken whose partner is near.
+    """
+    n = min(MAX_COMPONENTS, gram.shape[0] // 2, n_cells - 1)
+    components, own_components = (np.linalg.eigh(products)[1][:, ::-1][:, :n] for products in (gram, own_gram))
+    rotation, cosine, _ = np.linalg.svd(components.T @ own_components)
+    return components @ rotation[:, cosine > MIN_COSINE]
 
 
 def centred(
