@@ -41,7 +41,7 @@ class ImputationMixin:
         n_samples: int = 1,
         return_std: bool = False,
         batch_size: int | None = None,
-        regression_weight: float = 0.5,
+        regression_weight: float = 0.7,
     ) -> pd.DataFrame | tuple[pd.DataFrame, pd.DataFrame]:
         r"""Expected expression of each gene, also of those that the cell's data set did not measure.
 
@@ -60,7 +60,7 @@ class ImputationMixin:
 
         The embedding keeps of a cell what it can learn to keep. The rest of what the measured genes say is added by a ridge
         regression of log expression on the genes that both measured, fitted to the cells of the other data set in the model's
-        AnnData: the log of what is returned is halfway between both, see ``regression_weight``. Cells with positions are embedded
+        AnnData: the log of what is returned lies between both, see ``regression_weight``. Cells with positions are embedded
         without them for genes that only cells without positions teach, as these are.
 
         Parameters
