@@ -11,7 +11,7 @@ import pytest
 import scvi
 from anndata import AnnData
 
-from cellplm_scvi import CellPLM
+from cellplm_scvi import CellPLM, CellPLMAnnotator
 
 TINY: dict[str, Any] = {"n_hidden": 16, "n_layers": 1, "n_heads": 2, "n_latent": 4, "n_components": 3}
 
@@ -174,3 +174,19 @@ def test_mudata_panels_beside_the_counts_are_not_overlooked(multimodal, train):
     model = train(CellPLM(multimodal, **TINY))
     two = (multimodal.obs["study"] == "two").to_numpy()
     assert model.get_normalized_expression()[two].iloc[:, 20:].isna().all(axis=None)
+
+
+def test_mudata_annotator(multimodal_model, tmp_path):
+    """Labels in the common obs; saved, loaded, fine-tuned."""
+    data = multimodal_model.adata
+    types = data["rna"].obs["cell_type"].reindex(data.obs_names).astype(object)
+    data.obs["type"] = types.where(np.arange(data.n_obs) % 3 > 0)
+    annotator = CellPLMAnnotator.from_cellplm(multimodal_model, "type")
+    annotator.train()
+    soft = annotator.predict(soft=True)
+    assert list(soft.index) == list(data.obs_names)
+    annotator.save(tmp_path / "annotator")
+    loaded = CellPLMAnnotator.load(tmp_path / "annotator", data)
+    np.testing.assert_array_equal(loaded.predict(), soft.columns[soft.to_numpy().argmax(1)])
+    loaded.train(fine_tune=True, max_epochs=1, accelerator="cpu", enable_progress_bar=False)
+    assert set(loaded.predict()) <= set(types.dropna())
