@@ -41,8 +41,8 @@ MIN_DEVIATION = 0.1
 class CellPLMAnnotator(CellPLM):
     """Names the types of cells with a trained CellPLM and some labelled cells.
 
-    Made by :meth:`from_cellplm`. A multinomial logistic regression learns from the embedding, from principal components
-    of expression, or from both, whichever cross-validation over samples finds best. Everything that a
+    Made by :meth:`from_cellplm`. Multinomial logistic regressions learn from the embedding, from principal components
+    of expression, or from both; those that cross-validation over samples finds best are averaged. Everything that a
     :class:`~cellplm_scvi.CellPLM` does, such as :meth:`get_latent_representation`, :meth:`save` and
     :meth:`save_pretrained`, it does too.
 
@@ -157,7 +157,7 @@ class CellPLMAnnotator(CellPLM):
         """Learn the classes; called again, it goes on from the present weights.
 
         With the backbone frozen, cross-validation over samples (over random cells where all labels are of one sample)
-        chooses features and penalty by macro-F1; a class weighs as the square root of its number of cells. The
+        ranks features and penalties by macro-F1, and the four best heads are averaged; a class weighs as the square root of its number of cells. The
         predictions for held-out samples calibrate the probabilities (one temperature, Guo et al. 2017) and the distances by which
         :meth:`predict` leaves cells unknown.
 
@@ -262,8 +262,8 @@ class CellPLMAnnotator(CellPLM):
         for name, value in values.items():
             buffer = getattr(head, name)
             buffer.copy_(torch.as_tensor(value, dtype=buffer.dtype))
-        #: what cross-validation found: held-out macro-F1 of each choice
-        self.selection_ = {"used": fit.used, "strength": fit.strength, "macro_f1": fit.scores}
+        #: what cross-validation found: the choices that are averaged, and held-out macro-F1 of all
+        self.selection_ = {"used": fit.used, "macro_f1": fit.scores}
 
     def _place_components(self, table: CellTable, seed: int) -> None:
         """Principal components of standardised log-normalised expression of all cells, labelled or not."""
