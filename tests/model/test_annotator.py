@@ -9,6 +9,7 @@ from anndata import AnnData
 from sklearn.metrics import f1_score
 
 from cellplm_scvi import CellPLM, CellPLMAnnotator
+from cellplm_scvi.model._annotation_fit import fit_head, fit_regression, make_folds
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,29 @@ def test_probabilities(annotator, labelled):
     np.testing.assert_array_equal(soft.columns[soft.to_numpy().argmax(1)], annotator.predict())
     rows = [5, 1, 100]
     pd.testing.assert_frame_equal(annotator.predict(indices=rows, soft=True), soft.iloc[rows], rtol=1e-4)
+
+
+def test_the_best_choices_are_averaged(annotator):
+    used, scores = annotator.selection_["used"], annotator.selection_["macro_f1"]
+    assert set(used) < set(scores)
+    assert min(scores[name] for name in used) >= max(scores[name] for name in scores if name not in used)
+
+
+def test_a_head_is_the_mean_of_its_parts():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(3, size=120)
+    features = np.eye(3)[labels] @ rng.normal(size=(3, 6)) + rng.normal(size=(120, 6))
+    folds = make_folds(labels, np.repeat(np.arange(4), 30), seed=0)
+    fit = fit_head(features, {"left": np.arange(3), "right": np.arange(3, 6)}, labels, folds, 3, seed=0)
+    parts = []
+    for name in fit.used:
+        columns = slice(0, 3) if name.startswith("left") else slice(3, 6)
+        # three quarters of the cells trained each fold; half of that, on a log scale
+        strength = float(name.split("=")[1]) * 0.75**0.5
+        part = np.zeros((3, 6))
+        part[:, columns] = fit_regression(features[:, columns], labels, 3, strength, seed=0)[0]
+        parts.append(part)
+    np.testing.assert_allclose(fit.weight, np.mean(parts, axis=0), atol=1e-10)
 
 
 def test_cells_that_fit_no_class(annotator, labelled):
