@@ -80,7 +80,9 @@ def test_no_matrix_at_all(tissues):
 
 
 @pytest.mark.parametrize(
-    "dtype", [np.int8, np.int32, np.int64, np.uint8, np.uint16, np.float32, np.float64, bool], ids=lambda d: d.__name__
+    "dtype",
+    [np.int8, np.int32, np.int64, np.uint8, np.uint16, np.float16, np.float32, np.float64, bool],
+    ids=lambda d: d.__name__,
 )
 def test_dtypes_of_whole_numbers_are_counts(tissues, build, dtype):
     x = np.minimum(tissues.X.toarray(), 1)
@@ -157,6 +159,18 @@ def test_missing_labels_are_unlabelled(tissues):
     names = np.asarray(mapping)[np.asarray(tissues.obs["_scvi_labels"])]
     assert list(names[:5]) == ["unknown"] * 5
     np.testing.assert_array_equal(names[5:], column.iloc[5:])
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_labels_that_are_numbers_are_text(tissues, missing):
+    tissues.obs["cluster"] = pd.array(np.arange(tissues.n_obs) % 3, dtype="Int64")
+    if missing:
+        tissues.obs.loc[tissues.obs_names[:5], "cluster"] = pd.NA
+    SETUP(tissues, labels_key="cluster", unlabeled_category=2)
+    state = CellPLM(tissues, n_hidden=16, n_heads=2).adata_manager.get_state_registry("labels")
+    names = np.asarray(state["categorical_mapping"])[np.asarray(tissues.obs["_scvi_labels"])]
+    expected = tissues.obs["cluster"].astype(object).where(tissues.obs["cluster"].notna(), "2").map(str)
+    assert names.tolist() == expected.tolist()
 
 
 COORDINATES = [

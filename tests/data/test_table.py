@@ -24,6 +24,7 @@ FORMS = {
     "dense": np.asarray,
     "int32": lambda x: sp.csr_matrix(x.astype(np.int32)),
     "uint16": lambda x: x.astype(np.uint16),
+    "float16": lambda x: x.astype(np.float16),
 }
 
 

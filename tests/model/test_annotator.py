@@ -53,6 +53,26 @@ def test_probabilities(annotator, labelled):
     pd.testing.assert_frame_equal(annotator.predict(indices=rows, soft=True), soft.iloc[rows], rtol=1e-4)
 
 
+def test_labels_that_are_numbers(labelled):
+    adata = labelled.adata.copy()
+    numbers = adata.obs["cell_type"].str[-1].astype(int)
+    hidden = (adata.obs["sample"] == "sample1").to_numpy()
+    adata.obs["number"] = numbers.where(~hidden, -1)
+    annotator = CellPLMAnnotator.from_cellplm(labelled, "number", unlabeled_category=-1, adata=adata)
+    annotator.train()
+    assert annotator.classes.tolist() == ["0", "1", "2"]
+    assert (annotator.predict()[hidden] == numbers[hidden].astype(str)).mean() > 0.9
+
+
+def test_one_labelled_cell_a_class_is_too_few(labelled):
+    adata = labelled.adata.copy()
+    first = ~adata.obs["cell_type"].duplicated().to_numpy()
+    adata.obs["few"] = adata.obs["cell_type"].astype(object).where(first, None)
+    annotator = CellPLMAnnotator.from_cellplm(labelled, "few", adata=adata)
+    with pytest.raises(ValueError, match="Each of the 3 classes has one labelled cell"):
+        annotator.train()
+
+
 def test_the_best_choices_are_averaged(annotator):
     used, scores = annotator.selection_["used"], annotator.selection_["macro_f1"]
     assert set(used) < set(scores)

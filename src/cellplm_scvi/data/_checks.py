@@ -36,6 +36,11 @@ def some(names: Sequence[object] | np.ndarray | pd.Index, most: int = 3) -> str:
     return shown + (", ..." if len(names) > most else "")
 
 
+def as_csr(x: Any) -> sp.csr_matrix:
+    """A dense or sparse matrix in memory as CSR; half precision, which SciPy does not have, becomes single."""
+    return sp.csr_matrix(x.astype(np.float32) if x.dtype == np.float16 else x)
+
+
 def value_chunks(x: Any) -> Iterator[tuple[int, np.ndarray]]:
     """Yield stored values of a matrix, dense or sparse, in memory or backed, with the first row of each chunk."""
     if sp.issparse(x):

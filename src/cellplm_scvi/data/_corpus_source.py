@@ -17,7 +17,7 @@ import scipy.sparse as sp
 from cellplm_scvi._compat import CSCDataset
 from cellplm_scvi.genes._tables import Organism
 
-from ._checks import CHUNK_ROWS, check_column, check_coordinates, check_names, check_no_missing, some
+from ._checks import CHUNK_ROWS, as_csr, check_column, check_coordinates, check_names, check_no_missing, some
 from ._fields import MeasuredGenesField, SizeFactorField
 
 #: rows on disk that are this close are read together
@@ -126,7 +126,7 @@ class Cells:
             for start in range(0, run.shape[0], CHUNK_ROWS):
                 near = run[start : start + CHUNK_ROWS]
                 # rows on disk that lie close together are read at once: one by one, it takes a thousand times as long
-                part = sp.csr_matrix(self.counts[near[0] : near[-1] + 1])[near - near[0]]
+                part = as_csr(self.counts[near[0] : near[-1] + 1])[near - near[0]]
                 part.sum_duplicates()
                 yield near, part
 

@@ -160,19 +160,19 @@ class SampleField(CovariateField):
 
 
 class AnnotationField(CovariateField):
-    """A label or a perturbation of each cell; missing values and a missing column mean ``default``."""
+    """A label or a perturbation of each cell, as text; missing values and a missing column mean ``default``."""
 
     def __init__(self, registry_key: str, attr_key: str, default: str) -> None:
         super().__init__(registry_key, attr_key)
-        self.default = default
+        self.default = str(default)
 
     def _codes(self, adata: AnnData, known: np.ndarray | None) -> np.ndarray:
         key = self._original_attr_key
         given = adata.obs[key] if key in adata.obs else [self.default] * adata.n_obs
         column = pd.Series(given, dtype=object)
-        column = column.where(column.notna().to_numpy(), self.default)
+        column = column.map(str).where(column.notna().to_numpy(), self.default)
         mapping = list(known) if known is not None else []
-        mapping += [category for category in sorted(pd.unique(column), key=str) if category not in mapping]
+        mapping += sorted(set(column) - set(mapping))
         if self.default not in mapping:
             mapping.append(self.default)
         adata.obs[self.attr_key] = pd.Index(mapping, dtype=object).get_indexer(column).astype(np.int64)

@@ -12,7 +12,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 from mudata import MuData
 
-from ._checks import check_counts, check_names, some, warn
+from ._checks import as_csr, check_counts, check_names, some, warn
 
 #: key of ``varm`` under which the table of measured genes is put
 MEASURED_GENES = "measured_genes"
@@ -137,7 +137,7 @@ def _counts(adata: AnnData, layer: str | None) -> sp.csr_matrix:
     if adata.isbacked:
         return _counts(adata.to_memory(), layer)
     check_counts(x, "X" if layer is None else f'layers["{layer}"]')
-    return sp.csr_matrix(x, dtype=np.float32)
+    return as_csr(x).astype(np.float32, copy=False)
 
 
 def _widened(counts: sp.csr_matrix, columns: np.ndarray, n_genes: int) -> sp.csr_matrix:

@@ -17,7 +17,7 @@ from anndata import AnnData
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import CSCDataset, CSRDataset
 
-from ._checks import CHUNK_ROWS, some
+from ._checks import CHUNK_ROWS, as_csr, some
 from ._vocabulary import gene_columns
 
 if TYPE_CHECKING:
@@ -75,9 +75,9 @@ class CountRows:
         if self._backed:
             order = np.argsort(rows, kind="stable")
             unique, inverse = np.unique(rows[order], return_inverse=True)
-            part = sp.csr_matrix(self._x[unique])[inverse][np.argsort(order)]
+            part = as_csr(self._x[unique])[inverse][np.argsort(order)]
         else:
-            part = sp.csr_matrix(self._x[rows])
+            part = as_csr(self._x[rows])
         part = part.astype(np.float32, copy=False)
         if self._backed:
             part.sum_duplicates()

@@ -54,13 +54,19 @@ class HeadFit:
 def make_folds(labels: np.ndarray, groups: np.ndarray, seed: int) -> Folds:
     """Folds that leave whole samples out if there are several, else random cells; labels and groups (n_cells,)."""
     n_groups = np.unique(groups).size
-    rare = np.bincount(labels)[np.unique(labels)].min()
+    sizes = np.bincount(labels)[np.unique(labels)]
+    most = min(MAX_FOLDS, int(sizes.max()))
+    if most < 2:
+        raise ValueError(
+            f"Each of the {sizes.size} classes has one labelled cell. Cells are left out to choose and calibrate the head: "
+            "label at least two of some class."
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # rare classes are not in every fold
         if n_groups > 1:
-            splitter = StratifiedGroupKFold(min(MAX_FOLDS, n_groups), shuffle=True, random_state=seed)
+            splitter = StratifiedGroupKFold(min(most, n_groups), shuffle=True, random_state=seed)
             return list(splitter.split(labels, labels, groups))
-        n_folds = int(min(MAX_FOLDS, max(2, rare)))
+        n_folds = min(most, max(2, int(sizes.min())))
         return list(StratifiedKFold(n_folds, shuffle=True, random_state=seed).split(labels, labels))
 
 

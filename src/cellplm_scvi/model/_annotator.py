@@ -79,7 +79,7 @@ class CellPLMAnnotator(CellPLM):
     @property
     def unlabeled_category(self) -> str:
         """The word for cells without a label."""
-        return self.registry_["setup_args"]["unlabeled_category"]
+        return str(self.registry_["setup_args"]["unlabeled_category"])
 
     @classmethod
     def from_cellplm(
@@ -96,7 +96,7 @@ class CellPLMAnnotator(CellPLM):
         model
             A trained :class:`~cellplm_scvi.CellPLM`, or one from :meth:`~cellplm_scvi.CellPLM.from_pretrained`.
         labels_key
-            Column of ``obs`` with cell types.
+            Column of ``obs`` with cell types; numbers are taken, and given back, as text.
         unlabeled_category
             The word for cells without a label in that column; missing values mean the same. These cells are the context of
             the others, and in fine-tuning they are trained on as before.
@@ -115,7 +115,10 @@ class CellPLMAnnotator(CellPLM):
         adata = model.adata if adata is None else adata
         if adata is None:
             raise ValueError("The model has no AnnData: pass the one with the labels as adata.")
-        labels = check_column(adata, labels_key, "labels_key").astype(object)
+        labels, unlabeled_category = (
+            check_column(adata, labels_key, "labels_key").astype(object),
+            str(unlabeled_category),
+        )
         names = sorted({str(name) for name in labels[labels.notna()].unique()} - {unlabeled_category})
         if len(names) < 2:
             raise ValueError(

@@ -264,7 +264,7 @@ class CellPLM(
         spatial_key
             Key of ``obsm`` with coordinates, (n_cells, 2 or 3), in any unit; rows of NaN are cells without position.
         labels_key
-            Column of ``obs`` with cell types, some of them ``unlabeled_category``.
+            Column of ``obs`` with cell types, some of them ``unlabeled_category``; numbers are taken as text.
         perturbation_key
             Column of ``obs`` with the perturbation of each cell, ``control_category`` for none, ``"A+B"`` for two.
         size_factor_key

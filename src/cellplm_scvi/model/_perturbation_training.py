@@ -98,7 +98,7 @@ class PerturbationTrainingMixin:
 
     @property
     def _control(self) -> str:
-        return self.registry_["setup_args"].get("control_category", "control")  # type: ignore[attr-defined]
+        return str(self.registry_["setup_args"].get("control_category", "control"))  # type: ignore[attr-defined]
 
     def _perturbation_of_cells(self, table: CellTable) -> np.ndarray:
         """Perturbation of each cell, (n_cells,); raise if there is nothing to learn from."""

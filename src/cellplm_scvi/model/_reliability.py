@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 from anndata import AnnData
 from scvi import settings
 from sklearn.isotonic import IsotonicRegression
 
-from cellplm_scvi.data._checks import some
+from cellplm_scvi.data._checks import as_csr, some
 
 if TYPE_CHECKING:
     from ._cellplm import CellPLM
@@ -124,7 +123,7 @@ def _within_reference(
 def _counts(model: CellPLM, adata: AnnData, total_of: pd.Index, genes: Any) -> pd.DataFrame:
     """Counts of some genes relative to the total of others, (n_cells, n_genes)."""
     layer = model.registry_["setup_args"].get("layer")
-    x = sp.csr_matrix(adata.X if layer is None else adata.layers[layer])
+    x = as_csr(adata.X if layer is None else adata.layers[layer])
     places = adata.var_names.get_indexer
     total = np.maximum(np.asarray(x[:, places(total_of)].sum(1)).ravel(), 1)
     return pd.DataFrame(x[:, places(pd.Index(genes))].toarray() / total[:, None], columns=list(genes))
