@@ -163,10 +163,27 @@ def exact_neighbors(embedding: np.ndarray, n_neighbors: int) -> Any:
     return NeighborsResults(indices=indices, distances=distances)
 
 
+def group_means(x: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Return each cell's values replaced by the mean of its group, ``(n_cells, n_dims)``."""
+    codes = np.unique(groups, return_inverse=True)[1]
+    sums = np.zeros((codes.max() + 1, x.shape[1]))
+    np.add.at(sums, codes, x)
+    return (sums / np.bincount(codes)[:, None])[codes]
+
+
+def pcr_of_composition(adata: ad.AnnData, embedding: np.ndarray, unintegrated: np.ndarray) -> float:
+    """Return the PCR comparison that were left if batches agreed within each cell type, and differed in their cell types alone."""
+    batch, label = adata.obs[BATCH].to_numpy(), adata.obs[LABEL].to_numpy()
+    before = group_means(unintegrated, batch).var(0).sum() / unintegrated.var(0).sum()
+    after = group_means(group_means(embedding, label), batch).var(0).sum() / embedding.var(0).sum()
+    return float(1 - after / before)
+
+
 def score(adata: ad.AnnData, embedding: np.ndarray, unintegrated: np.ndarray) -> dict[str, float]:
     """Return scib-metrics' standard set, not rescaled, with its total of 0.4 batch correction + 0.6 bio conservation.
 
-    ``Leiden ARI`` and ``Leiden NMI`` (best of ten resolutions) are given as well; they are not part of the total.
+    ``Leiden ARI`` and ``Leiden NMI`` (best of ten resolutions) and :func:`pcr_of_composition` are given as well; they are not
+    part of the total.
     """
     from scib_metrics import nmi_ari_cluster_labels_leiden
     from scib_metrics.benchmark import Benchmarker
@@ -184,6 +201,7 @@ def score(adata: ad.AnnData, embedding: np.ndarray, unintegrated: np.ndarray) ->
     scores = benchmarker.get_results(min_max_scale=False).loc["embedding"].astype(float).to_dict()
     leiden = nmi_ari_cluster_labels_leiden(exact_neighbors(embedding, 15), adata.obs[LABEL].to_numpy())
     scores |= {f"Leiden {name.upper()}": float(value) for name, value in leiden.items()}
+    scores["PCR of composition"] = pcr_of_composition(adata, np.asarray(embedding, dtype=np.float64), unintegrated)
     return {name: round(value, 6) for name, value in scores.items()}
 
 

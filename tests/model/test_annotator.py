@@ -9,7 +9,7 @@ from anndata import AnnData
 from sklearn.metrics import f1_score
 
 from cellplm_scvi import CellPLM, CellPLMAnnotator
-from cellplm_scvi.model._annotation_fit import fit_head, fit_regression, make_folds
+from cellplm_scvi.model._annotation_fit import fit_head, fit_regression, hold_out, make_folds
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +94,20 @@ def test_a_head_is_the_mean_of_its_parts():
         part[:, columns] = fit_regression(features[:, columns], labels, 3, strength, seed=0)[0]
         parts.append(part)
     np.testing.assert_allclose(fit.weight, np.mean(parts, axis=0), atol=1e-10)
+
+
+@pytest.mark.parametrize("n_groups", [1, 2, 5, 30])
+def test_whole_samples_are_held_out(n_groups):
+    rng = np.random.default_rng(0)
+    labels, groups = rng.integers(3, size=300), rng.integers(n_groups, size=300)
+    train, test = hold_out(labels, groups, 0.1, seed=0)
+    np.testing.assert_array_equal(np.sort(np.concatenate([train, test])), np.arange(300))
+    if n_groups > 1:
+        assert not set(groups[train]) & set(groups[test])
+    if n_groups in (1, 30):
+        assert 20 <= test.size <= 40
+    with pytest.raises(ValueError, match="held_out=1.0 must be above 0 and below 1"):
+        hold_out(labels, groups, 1.0, seed=0)
 
 
 def test_cells_that_fit_no_class(annotator, labelled):

@@ -13,7 +13,7 @@ from scipy.special import log_softmax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, train_test_split
 
 Folds = list[tuple[np.ndarray, np.ndarray]]
 
@@ -54,13 +54,8 @@ class HeadFit:
 def make_folds(labels: np.ndarray, groups: np.ndarray, seed: int) -> Folds:
     """Folds that leave whole samples out if there are several, else random cells; labels and groups (n_cells,)."""
     n_groups = np.unique(groups).size
-    sizes = np.bincount(labels)[np.unique(labels)]
+    sizes = _class_sizes(labels)
     most = min(MAX_FOLDS, int(sizes.max()))
-    if most < 2:
-        raise ValueError(
-            f"Each of the {sizes.size} classes has one labelled cell. Cells are left out to choose and calibrate the head: "
-            "label at least two of some class."
-        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # rare classes are not in every fold
         if n_groups > 1:
@@ -68,6 +63,32 @@ def make_folds(labels: np.ndarray, groups: np.ndarray, seed: int) -> Folds:
             return list(splitter.split(labels, labels, groups))
         n_folds = min(most, max(2, int(sizes.min())))
         return list(StratifiedKFold(n_folds, shuffle=True, random_state=seed).split(labels, labels))
+
+
+def hold_out(labels: np.ndarray, groups: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Training and held-out rows: about ``share`` of the cells, in whole samples if there are several."""
+    if not 0 < share < 1:
+        raise ValueError(f"held_out={share} must be above 0 and below 1.")
+    n_groups, sizes = np.unique(groups).size, _class_sizes(labels)
+    if n_groups == 1:
+        train, test = train_test_split(np.arange(labels.size), test_size=share, random_state=seed)
+        return np.sort(train), np.sort(test)
+    n_folds = max(2, min(round(1 / share), n_groups, int(sizes.max())))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # rare classes are not in every fold
+        splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
+        return next(iter(splitter.split(labels, labels, groups)))
+
+
+def _class_sizes(labels: np.ndarray) -> np.ndarray:
+    """Cells of each class that has any; raise if there is none to leave out."""
+    sizes = np.bincount(labels)[np.unique(labels)]
+    if sizes.max() < 2:
+        raise ValueError(
+            f"Each of the {sizes.size} classes has one labelled cell. Cells are left out to choose and calibrate the head: "
+            "label at least two of some class."
+        )
+    return sizes
 
 
 def fit_regression(

@@ -17,14 +17,13 @@ from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import AnnOrMuData
 from cellplm_scvi.data._checks import CHUNK_ROWS, check_column, some
 from cellplm_scvi.data._fields import AnnotationField
-from cellplm_scvi.data._splitter import split_units
 from cellplm_scvi.data._table import CellTable
 from cellplm_scvi.module import AnnotatorModule
 from cellplm_scvi.module._annotator import balanced_weights
 from cellplm_scvi.nn import AnnotationHead
 from cellplm_scvi.nn._annotation import N_QUANTILES
 
-from ._annotation_fit import fit_head, held_out_distances, make_folds, within_class_whitening
+from ._annotation_fit import fit_head, held_out_distances, hold_out, make_folds, within_class_whitening
 from ._cellplm import CellPLM
 from ._defaults import default_max_epochs
 
@@ -174,7 +173,7 @@ class CellPLMAnnotator(CellPLM):
         label_weight
             Of the cross-entropy in fine-tuning, relative to the negative ELBO of a cell.
         held_out
-            Share of the labelled cells held out from fine-tuning.
+            Share of the labelled cells held out from fine-tuning: whole samples, at least one, if several have labels.
         **kwargs
             Of :meth:`CellPLM.train`, for fine-tuning.
         """
@@ -190,10 +189,9 @@ class CellPLMAnnotator(CellPLM):
             raise ValueError("Labels of at least two classes are needed to learn them.")
         seed = settings.seed or 0
         if fine_tune:
-            train, test, _ = split_units(labelled, 1 - held_out, None, shuffle=True)
-            self._fine_tune(classes, train, test, max_epochs, label_weight, kwargs)
-            where = np.searchsorted(labelled, train), np.searchsorted(labelled, test)
-            folds = [where]
+            train, test = hold_out(classes[labelled], table.sample[labelled], held_out, seed)
+            self._fine_tune(classes, labelled[train], labelled[test], max_epochs, label_weight, kwargs)
+            folds = [(train, test)]
         else:
             folds = make_folds(classes[labelled], table.sample[labelled], seed)
         self._fit_head(table, classes, labelled, folds, seed)
