@@ -51,11 +51,11 @@ class HeadFit:
     scores: dict[str, float]
 
 
-def make_folds(labels: np.ndarray, groups: np.ndarray, seed: int) -> Folds:
+def make_folds(labels: np.ndarray, groups: np.ndarray, seed: int, most: int = MAX_FOLDS) -> Folds:
     """Folds that leave whole samples out if there are several, else random cells; labels and groups (n_cells,)."""
     n_groups = np.unique(groups).size
     sizes = _class_sizes(labels)
-    most = min(MAX_FOLDS, int(sizes.max()))
+    most = min(most, int(sizes.max()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # rare classes are not in every fold
         if n_groups > 1:
@@ -69,15 +69,11 @@ def hold_out(labels: np.ndarray, groups: np.ndarray, share: float, seed: int) ->
     """Training and held-out rows: about ``share`` of the cells, in whole samples if there are several."""
     if not 0 < share < 1:
         raise ValueError(f"held_out={share} must be above 0 and below 1.")
-    n_groups, sizes = np.unique(groups).size, _class_sizes(labels)
-    if n_groups == 1:
-        train, test = train_test_split(np.arange(labels.size), test_size=share, random_state=seed)
-        return np.sort(train), np.sort(test)
-    n_folds = max(2, min(round(1 / share), n_groups, int(sizes.max())))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # rare classes are not in every fold
-        splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
-        return next(iter(splitter.split(labels, labels, groups)))
+    if np.unique(groups).size > 1:
+        return make_folds(labels, groups, seed, max(2, round(1 / share)))[0]
+    _class_sizes(labels)
+    train, test = train_test_split(np.arange(labels.size), test_size=share, random_state=seed)
+    return np.sort(train), np.sort(test)
 
 
 def _class_sizes(labels: np.ndarray) -> np.ndarray:

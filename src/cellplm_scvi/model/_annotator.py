@@ -114,10 +114,8 @@ class CellPLMAnnotator(CellPLM):
         adata = model.adata if adata is None else adata
         if adata is None:
             raise ValueError("The model has no AnnData: pass the one with the labels as adata.")
-        labels, unlabeled_category = (
-            check_column(adata, labels_key, "labels_key").astype(object),
-            str(unlabeled_category),
-        )
+        unlabeled_category = str(unlabeled_category)
+        labels = check_column(adata, labels_key, "labels_key").astype(object)
         names = sorted({str(name) for name in labels[labels.notna()].unique()} - {unlabeled_category})
         if len(names) < 2:
             raise ValueError(
@@ -173,7 +171,8 @@ class CellPLMAnnotator(CellPLM):
         label_weight
             Of the cross-entropy in fine-tuning, relative to the negative ELBO of a cell.
         held_out
-            Share of the labelled cells held out from fine-tuning: whole samples, at least one, if several have labels.
+            Share of the labelled cells held out from fine-tuning: whole samples if several have labels, at least one
+            of them, which is half of the cells where there are two.
         **kwargs
             Of :meth:`CellPLM.train`, for fine-tuning.
         """
