@@ -84,8 +84,11 @@ def published_package(folder: Path) -> bool:
     return True
 
 
-def our_step(entries: dict[str, Any], n_cells: int, density: float, **plan_kwargs: bool) -> Work:
-    """Loss, backward pass and optimiser step of the published network in our package."""
+def our_step(entries: dict[str, Any], n_cells: int, density: float, *, bf16: bool = False, **plan_kwargs: bool) -> Work:
+    """Loss, backward pass and optimiser step of the published network in our package.
+
+    ``bf16`` is what ``train(precision="bf16-mixed")`` does.
+    """
     x = counts(n_cells, entries["out_dim"], density)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "speed.config.json"
@@ -105,7 +108,8 @@ def our_step(entries: dict[str, Any], n_cells: int, density: float, **plan_kwarg
 
     def step() -> object:
         optimizer.zero_grad()
-        loss = module(tensors)[2].loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = module(tensors)[2].loss
         loss.backward()
         optimizer.step()
         return loss.detach()

@@ -50,6 +50,8 @@ ROWS: dict[str, tuple[str, str, str]] = {
     "step-85m": ("training step, 85M, 1,000 cells x 19,374 genes", ">= 3", ">= 3"),
     "recompute-85m": ("the same, ours with recompute=True", ">= 3", ">= 3"),
     "step-256": ("training step, 256 units, 2,000 cells x 2,000 genes", ">= 3", ""),
+    "bf16-85m": ("training step, 85M, ours with precision='bf16-mixed', theirs in float32", ">= 3", ">= 3"),
+    "bf16-256": ("training step, 256 units, ours with precision='bf16-mixed', theirs in float32", ">= 3", ""),
     "compile-256": ("the same step, ours as it is, against ours compiled", "", ""),
     "embed-85m": ("embedding, 85M, 8,000 cells x 19,374 genes", ">= 1.5", ">= 3"),
     "epoch": ("one epoch, 12,000 cells x 1,300 genes, defaults, against scVI", ">= 1", ""),
@@ -59,26 +61,23 @@ ROWS: dict[str, tuple[str, str, str]] = {
     "roofline": ("floating-point work of each part of the step-85m, and the rate of the machine", "", ""),
     "profile": ("profile of our training step, printed only", "", ""),
 }
-NEEDS_PUBLISHED = ("step-85m", "recompute-85m", "step-256", "embed-85m")
-WITH_MEMORY = ("step-85m", "recompute-85m", "embed-85m")
+NEEDS_PUBLISHED = ("step-85m", "recompute-85m", "bf16-85m", "step-256", "bf16-256", "embed-85m")
+WITH_MEMORY = ("step-85m", "recompute-85m", "bf16-85m", "embed-85m")
+#: what our side of a training step does differently
+VARIANTS: dict[str, dict[str, bool]] = {"step": {}, "recompute": {"recompute": True}, "bf16": {"bf16": True}}
 
 
 def sides(row: str, config: Path | None, folder: Path) -> dict[str, Callable[[], Work]]:
     """Makers of the work of both sides of a row, ``ours`` first."""
     large, small = configuration(config), configuration(None, **SMALL)
     match row:
-        case "step-85m":
-            arguments: tuple[Any, ...] = (large, 1000, DENSITY)
-            return {"ours": partial(our_step, *arguments), "peer": partial(published_step, *arguments)}
-        case "recompute-85m":
-            arguments = (large, 1000, DENSITY)
+        case "step-85m" | "recompute-85m" | "bf16-85m" | "step-256" | "bf16-256":
+            variant, size = row.split("-")
+            arguments: tuple[Any, ...] = (large, 1000, DENSITY) if size == "85m" else (small, 2000, DENSITY)
             return {
-                "ours": partial(our_step, *arguments, recompute=True),
+                "ours": partial(our_step, *arguments, **VARIANTS[variant]),
                 "peer": partial(published_step, *arguments),
             }
-        case "step-256":
-            arguments = (small, 2000, DENSITY)
-            return {"ours": partial(our_step, *arguments), "peer": partial(published_step, *arguments)}
         case "compile-256":
             return {
                 "ours": partial(our_step, small, 2000, DENSITY),

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cellplm_scvi.nn._attention import FlowAttention, LocalAttention, Neighbourhood, Packing, SoftmaxAttention
+from cellplm_scvi.nn._attention import (
+    FlowAttention,
+    GlobalAttention,
+    LocalAttention,
+    Neighbourhood,
+    Packing,
+    SoftmaxAttention,
+)
+from cellplm_scvi.nn._flow import flow_attention as one_flow_attention
 
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=9)
 
@@ -82,20 +92,36 @@ def test_flow_attention_is_the_formula(sizes, seed):
 
 @settings(max_examples=25)
 @given(st.integers(1, 60), st.integers(0, 1000), st.sampled_from([0.5, 3.0]))
-def test_flow_attention_of_one_sample_has_the_gradient_of_the_formula(n, seed, scale):
+def test_flow_attention_of_one_sample_is_that_of_packed_ones_with_all_gradients(n, seed, scale):
     """What a CPU computes in one go, against automatic differentiation of :meth:`FlowAttention.attend`."""
     torch.manual_seed(seed)
     attention, packing = FlowAttention(12, 3), Packing(torch.tensor([n]))
-    qkv = scale * rows(n, 36, seed)
-    found, expected = (
-        torch.autograd.functional.vjp(function, qkv, rows(n, 12, seed + 1))
-        for function in (
-            lambda x: attention.mix(x, packing),
-            lambda x: attention.attend(*attention.heads(x), packing).flatten(1),
-        )
-    )
+    torch.nn.init.normal_(attention.out.bias)
+
+    def results(function):
+        attention.zero_grad()
+        x = (scale * rows(n, 12, seed)).requires_grad_()
+        mixed = function(x)
+        mixed.backward(rows(n, 12, seed + 1))
+        return [mixed.detach(), x.grad, *(p.grad for p in attention.parameters())]
+
+    found = results(lambda x: one_flow_attention(x, attention.qkv, attention.out, 3))
+    expected = results(lambda x: GlobalAttention.mix(attention, x, packing))
     for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5)
+
+
+def test_gradient_of_flow_attention_of_one_sample_where_only_some_is_asked_for():
+    torch.manual_seed(0)
+    attention = FlowAttention(6, 2).double()
+    x = torch.randn(7, 6, dtype=torch.float64, requires_grad=True)
+
+    def mix(x, weight):
+        return one_flow_attention(x, SimpleNamespace(weight=weight, bias=attention.qkv.bias), attention.out, 2)
+
+    weight = attention.qkv.weight.detach()
+    assert torch.autograd.gradcheck(mix, (x, weight))
+    assert torch.autograd.gradcheck(mix, (x.detach(), weight.clone().requires_grad_()))
 
 
 @given(lengths, st.integers(0, 1000))

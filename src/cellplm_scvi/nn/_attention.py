@@ -181,13 +181,13 @@ class GlobalAttention(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
         """(n_cells, n_heads, d_head) three times -> the same shape."""
 
-    def mix(self, qkv: Tensor, packing: Packing) -> Tensor:
-        """(n_cells, 3 * n_hidden) -> (n_cells, n_hidden)."""
-        return self.attend(*self.heads(qkv), packing).flatten(1)
+    def mix(self, x: Tensor, packing: Packing) -> Tensor:
+        """Projections and what is between, (n_cells, n_hidden) -> (n_cells, n_hidden)."""
+        return self.out(self.attend(*self.heads(self.qkv(x)), packing).flatten(1).to(x.dtype))
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         """Mix the cells of each packed sample, (n_cells, n_hidden) -> (n_cells, n_hidden)."""
-        return self.dropped(self.out(self.mix(self.qkv(x), packing).to(x.dtype)))
+        return self.dropped(self.mix(x, packing))
 
 
 class FlowAttention(GlobalAttention):
@@ -209,11 +209,12 @@ class FlowAttention(GlobalAttention):
             packing.block_sample  # noqa: B018
         packing.segment  # noqa: B018
 
-    def mix(self, qkv: Tensor, packing: Packing) -> Tensor:
-        if packing.n_samples == 1 and qkv.device.type == "cpu" and not torch.compiler.is_compiling():
-            with torch.autocast("cpu", enabled=False):
-                return flow_attention(qkv, self.n_heads)
-        return super().mix(qkv, packing)
+    def mix(self, x: Tensor, packing: Packing) -> Tensor:
+        # its matrices of n_hidden x n_hidden pay where there are cells enough
+        enough = packing.n_samples == 1 and 2 * x.shape[0] >= x.shape[1]
+        if enough and x.device.type == "cpu" and not torch.compiler.is_compiling():
+            return flow_attention(x, self.qkv, self.out, self.n_heads)
+        return super().mix(x, packing)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
         q, k, v = q.float().sigmoid(), k.float().sigmoid(), v.float()

@@ -1,22 +1,32 @@
-"""Flow attention over one sample and its gradient, each in few passes over the cells, for a CPU."""
+"""Flow attention over one sample with its projections, and its gradient, each in few passes over the cells, for a CPU."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 EPS = 1e-6
 
 
-def flow_attention(qkv: Tensor, n_heads: int) -> Tensor:
-    """Flow attention between all rows in float32, (n_cells, 3 * n_hidden) -> (n_cells, n_hidden).
+def flow_attention(x: Tensor, qkv: nn.Linear, out: nn.Linear, n_heads: int) -> Tensor:
+    r"""Flow attention between all rows, from ``x`` to the output projection, (n_cells, n_hidden) -> the same.
 
-    The formulas are those of :meth:`cellplm_scvi.nn.FlowAttention.attend`; the gradient is written by hand. Queries and
-    keys are gone through side by side, gradients are written where that of ``qkv`` lies, and three numbers a cell and
-    unit wait for the backward pass instead of nine.
+    The formulas are those of :meth:`cellplm_scvi.nn.FlowAttention.attend`. As attention is linear in the values, they and
+    the output projection go into the matrix that is the same for all cells,
+
+    .. math::
+        \mathrm{out}_i = \sum_h g_{ih}\,\phi(q_{ih}) \Big(\sum_j c_{jh}\,\phi(k_{jh})^\top x_j\Big) W^V_h W^O_h
+
+    with gate g and competition c, and no values of cells are ever made. The gradient is written by hand: queries and keys
+    are gone through side by side, and two numbers a cell and unit wait for the backward pass beside ``x``. Sums over cells
+    are float32; products with ``x`` take the dtype of autocast.
     """
-    return _FlowAttention.apply(qkv, n_heads)
+    tensors = (x, qkv.weight, qkv.bias, out.weight, out.bias)
+    if torch.is_autocast_enabled("cpu"):
+        tensors = tuple(t.to(torch.get_autocast_dtype("cpu")) for t in tensors)
+    with torch.autocast("cpu", enabled=False):
+        return _FlowAttention.apply(*tensors, n_heads)
 
 
 class _FlowAttention(torch.autograd.Function):
@@ -26,44 +36,54 @@ class _FlowAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, qkv: Tensor, n_heads: int) -> Tensor:
-        n_cells, n_hidden = qkv.shape[0], qkv.shape[1] // 3
-        rows = torch.empty_like(qkv, dtype=torch.float32)
-        torch.sigmoid(qkv[:, : 2 * n_hidden].float(), out=rows[:, : 2 * n_hidden])
-        rows[:, 2 * n_hidden :] = qkv[:, 2 * n_hidden :]
-        both = rows[:, : 2 * n_hidden]
-        q, k, v = _heads(rows, 3, n_heads)
+    def forward(ctx, x: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor, n_heads: int) -> Tensor:
+        n_cells, n_hidden = x.shape
+        wide = torch.promote_types(x.dtype, torch.float32)
+        both = torch.addmm(b_in[: 2 * n_hidden], x, w_in[: 2 * n_hidden].T).to(wide).sigmoid_()
+        q, k = _heads(both, 2, n_heads)
         total = _exchange(both.sum(0).view(2 * n_heads, -1)) + EPS
         inverse = 1 / _dot(both, total, EPS)  # of incoming and outgoing flow, (n_cells, 2 * n_heads)
         weighted = _exchange(_weighted_sum(both, inverse)) + EPS
         conserved_in, conserved_out = _dot(both, weighted, EPS).chunk(2, 1)
         competition = conserved_out.clamp(-1.0, 1.0).softmax(0) * n_cells
-        products = _outer(k, v * competition[..., None])
         gate = inverse[:, :n_heads] * conserved_in.sigmoid()
-        mixed = _times(q, products).mul_(gate[..., None])
-        ctx.save_for_backward(rows, total, weighted, inverse, conserved_in, conserved_out, competition, products)
-        return mixed.flatten(1)
+
+        keys = (k * competition[..., None]).flatten(1)
+        key_sum = keys.sum(0).to(x.dtype).view(n_heads, -1)
+        sums = torch.mm(keys.to(x.dtype).T, x).view(n_heads, -1, n_hidden)
+        values, bias, onward = _by_head(w_in, b_in, w_out, n_heads)
+        products = torch.baddbmm(key_sum[..., None] * bias[:, None], sums, values.transpose(1, 2))
+        matrix = torch.bmm(products, onward).view(n_hidden, n_hidden)
+        mixed = torch.addmm(b_out, (q * gate[..., None]).flatten(1).to(x.dtype), matrix)
+        ctx.save_for_backward(
+            x, w_in, b_in, w_out, both, total, weighted, inverse, conserved_in, conserved_out, competition,
+            key_sum, sums, products, matrix,
+        )  # fmt: skip
+        return mixed
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_mixed: Tensor) -> tuple[Tensor, None]:
-        rows, total, weighted, inverse, conserved_in, conserved_out, competition, products = ctx.saved_tensors
-        (n_cells, n_hidden), n_heads = grad_mixed.shape, products.shape[0]
-        grad = torch.empty_like(rows)
-        both, grad_both = rows[:, : 2 * n_hidden], grad[:, : 2 * n_hidden]
-        (q, k, v), (grad_q, grad_k, grad_v) = _heads(rows, 3, n_heads), _heads(grad, 3, n_heads)
-        (grad_mixed,) = _heads(grad_mixed.float(), 1, n_heads)
+    def backward(ctx, grad_mixed: Tensor) -> tuple[Tensor | None, ...]:
+        (x, w_in, b_in, w_out, both, total, weighted, inverse, conserved_in, conserved_out, competition,
+         key_sum, sums, products, matrix) = ctx.saved_tensors  # fmt: skip
+        (n_cells, n_hidden), n_heads, dtype, wide = x.shape, products.shape[0], x.dtype, both.dtype
+        grad_both = torch.empty_like(both)
+        (q, k), (grad_q, grad_k) = _heads(both, 2, n_heads), _heads(grad_both, 2, n_heads)
+        values, bias, onward = _by_head(w_in, b_in, w_out, n_heads)
         opened = conserved_in.sigmoid()
         gate = inverse[:, :n_heads] * opened
 
-        grad_products = _outer(q, grad_mixed * gate[..., None])
-        back = _times(grad_mixed, products.transpose(1, 2))
+        gated = (q * gate[..., None]).flatten(1).to(dtype)
+        grad_matrix = torch.mm(gated.T, grad_mixed).view(n_heads, -1, n_hidden)
+        back = torch.mm(grad_mixed, matrix.T).to(wide).view_as(q)
         grad_gate = (back * q).sum(2)
         torch.mul(back, gate[..., None], out=grad_q)
-        back = _times(k, grad_products)
-        grad_competition = (back * v).sum(2)
-        torch.mul(back, competition[..., None], out=grad_v)
-        torch.mul(_times(v, grad_products.transpose(1, 2)), competition[..., None], out=grad_k)
+        grad_products = torch.bmm(grad_matrix, onward.transpose(1, 2))
+        grad_sums = torch.bmm(grad_products, values).view(n_hidden, n_hidden)
+        grad_key_sum = torch.bmm(grad_products, bias[..., None]).view(n_hidden)
+        back = torch.addmm(grad_key_sum, x, grad_sums.T).to(wide).view_as(k)
+        grad_competition = (back * k).sum(2)
+        torch.mul(back, competition[..., None], out=grad_k)
 
         grad_share = competition * grad_competition
         grad_share -= competition * (grad_share.sum(0) / n_cells)
@@ -79,7 +99,25 @@ class _FlowAttention(torch.autograd.Function):
         grad_both.unflatten(1, (2 * n_heads, -1)).transpose(0, 1).baddbmm_(weights, vectors)
         grad_both += grad_total.flatten()
         torch.ops.aten.sigmoid_backward.grad_input(grad_both, both, grad_input=grad_both)
-        return grad, None
+        grad_both = grad_both.to(dtype)
+
+        grad_x = grad_w_in = grad_b_in = grad_w_out = grad_b_out = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.mm((k * competition[..., None]).flatten(1).to(dtype), grad_sums)
+            grad_x.addmm_(grad_both, w_in[: 2 * n_hidden])
+        if ctx.needs_input_grad[1]:
+            grad_w_in = torch.empty_like(w_in)
+            torch.mm(grad_both.T, x, out=grad_w_in[: 2 * n_hidden])
+            grad_values = grad_w_in[2 * n_hidden :].view(values.shape)
+            torch.bmm(grad_products.transpose(1, 2), sums, out=grad_values)
+        if ctx.needs_input_grad[2]:
+            grad_bias = torch.bmm(key_sum[:, None], grad_products).view(n_hidden)
+            grad_b_in = torch.cat([grad_both.sum(0), grad_bias])
+        if ctx.needs_input_grad[3]:
+            grad_w_out = torch.bmm(products.transpose(1, 2), grad_matrix).view(n_hidden, n_hidden).T
+        if ctx.needs_input_grad[4]:
+            grad_b_out = grad_mixed.sum(0)
+        return grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out, None
 
 
 def _heads(rows: Tensor, n_parts: int, n_heads: int) -> tuple[Tensor, ...]:
@@ -87,26 +125,24 @@ def _heads(rows: Tensor, n_parts: int, n_heads: int) -> tuple[Tensor, ...]:
     return rows.unflatten(1, (n_parts, n_heads, -1)).unbind(1)
 
 
+def _by_head(w_in: Tensor, b_in: Tensor, w_out: Tensor, n_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight and bias of the values, (n_heads, d, n_hidden) and (n_heads, d), and what they are multiplied with next."""
+    n_hidden = w_out.shape[0]
+    values, bias = w_in[2 * n_hidden :].view(n_heads, -1, n_hidden), b_in[2 * n_hidden :].view(n_heads, -1)
+    return values, bias, w_out.T.unflatten(0, (n_heads, -1))
+
+
 def _exchange(vectors: Tensor) -> Tensor:
     """What is of queries where keys were, and the other way round."""
     return vectors.roll(vectors.shape[0] // 2, 0)
-
-
-def _times(rows: Tensor, matrices: Tensor) -> Tensor:
-    """Rows of each head times its matrix, (n_cells, n_heads, d) by (n_heads, d, d) -> (n_cells, n_heads, d)."""
-    return torch.bmm(rows.transpose(0, 1), matrices).transpose(0, 1)
-
-
-def _outer(rows: Tensor, others: Tensor) -> Tensor:
-    """Sum of outer products by heads, (n_cells, n_heads, d) twice -> (n_heads, d, d)."""
-    return torch.bmm(rows.permute(1, 2, 0), others.transpose(0, 1))
 
 
 def _dot(both: Tensor, vectors: Tensor, eps: float = 0.0) -> Tensor:
     """(rows + eps) . vector by heads, (n_cells, 2 * n_heads)."""
     # one product with a block-diagonal matrix is quicker than one for each head
     n = vectors.shape[0]
-    result = both @ (vectors[..., None] * torch.eye(n, device=vectors.device)[:, None]).view(-1, n)
+    blocks = vectors[..., None] * torch.eye(n, dtype=vectors.dtype, device=vectors.device)[:, None]
+    result = both @ blocks.view(-1, n)
     return result.add_(eps * vectors.sum(1)) if eps else result
 
 
