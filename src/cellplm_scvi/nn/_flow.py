@@ -20,7 +20,7 @@ def flow_attention(x: Tensor, qkv: nn.Linear, out: nn.Linear, n_heads: int) -> T
 
     with gate g and competition c, and no values of cells are ever made. The gradient is written by hand: queries and keys
     are gone through side by side, and two numbers a cell and unit wait for the backward pass beside ``x``. Sums over cells
-    are float32; products with ``x`` take the dtype of autocast.
+    are float32, but for products with ``x`` under autocast, which take its dtype and add up in float32.
     """
     tensors = (x, qkv.weight, qkv.bias, out.weight, out.bias)
     if torch.is_autocast_enabled("cpu"):
@@ -57,7 +57,7 @@ class _FlowAttention(torch.autograd.Function):
         mixed = torch.addmm(b_out, (q * gate[..., None]).flatten(1).to(x.dtype), matrix)
         ctx.save_for_backward(
             x, w_in, b_in, w_out, both, total, weighted, inverse, conserved_in, conserved_out, competition,
-            key_sum, sums, products, matrix,
+            key_sum, sums, products,
         )  # fmt: skip
         return mixed
 
@@ -65,7 +65,7 @@ class _FlowAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_mixed: Tensor) -> tuple[Tensor | None, ...]:
         (x, w_in, b_in, w_out, both, total, weighted, inverse, conserved_in, conserved_out, competition,
-         key_sum, sums, products, matrix) = ctx.saved_tensors  # fmt: skip
+         key_sum, sums, products) = ctx.saved_tensors  # fmt: skip
         (n_cells, n_hidden), n_heads, dtype, wide = x.shape, products.shape[0], x.dtype, both.dtype
         grad_both = torch.empty_like(both)
         (q, k), (grad_q, grad_k) = _heads(both, 2, n_heads), _heads(grad_both, 2, n_heads)
@@ -75,6 +75,7 @@ class _FlowAttention(torch.autograd.Function):
 
         gated = (q * gate[..., None]).flatten(1).to(dtype)
         grad_matrix = torch.mm(gated.T, grad_mixed).view(n_heads, -1, n_hidden)
+        matrix = torch.bmm(products, onward).view(n_hidden, n_hidden)  # again, instead of keeping it
         back = torch.mm(grad_mixed, matrix.T).to(wide).view_as(q)
         grad_gate = (back * q).sum(2)
         torch.mul(back, gate[..., None], out=grad_q)
