@@ -92,25 +92,30 @@ class _SparseMatmul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, values: Tensor, genes: Tensor, offsets: Tensor, rows: Tensor | None, dense: Tensor) -> Tensor:
-        ctx.save_for_backward(values, genes, rows)
-        ctx.n_genes = dense.shape[0]
+        values = values.float()
+        if rows is not None:
+            # now, since the memory that a sort takes is least missed before there are any gradients
+            ctx.save_for_backward(*_by_gene(values, genes, rows, dense.shape[0]))
         ctx.dtype = dense.dtype
         with torch.autocast(dense.device.type, enabled=False):
-            return _weighted_bags(values.float(), genes, offsets, dense.float())
+            return _weighted_bags(values, genes, offsets, dense.float())
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output: Tensor):
-        values, genes, rows = ctx.saved_tensors
-        # a sort takes time by the bytes of its keys
-        keys = genes.to(torch.int16 if ctx.n_genes < 1 << 15 else torch.int32)
-        by_gene, order = keys.sort(stable=True)
-        gene_offsets = torch.searchsorted(by_gene, torch.arange(ctx.n_genes + 1, dtype=keys.dtype, device=genes.device))
+        weights, rows, gene_offsets = ctx.saved_tensors
         with torch.autocast(grad_output.device.type, enabled=False):
-            weights = values.float().index_select(0, order)
-            rows = rows.index_select(0, order)
-            grad = _weighted_bags(weights, rows, gene_offsets.to(rows.dtype), grad_output.float())
+            grad = _weighted_bags(weights, rows, gene_offsets, grad_output.float())
         return None, None, None, None, grad.to(ctx.dtype)
+
+
+def _by_gene(values: Tensor, genes: Tensor, rows: Tensor, n_genes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Values and rows in the order of their genes, and where each gene begins, (n_genes + 1,)."""
+    # a sort takes time by the bytes of its keys
+    keys, order = genes.to(torch.int16 if n_genes < 1 << 15 else torch.int32).sort(stable=True)
+    bounds = torch.arange(n_genes + 1, dtype=keys.dtype, device=keys.device)
+    offsets = torch.searchsorted(keys, bounds).to(rows.dtype)
+    return values.index_select(0, order), rows.index_select(0, order), offsets
 
 
 def _weighted_bags(weights: Tensor, index: Tensor, offsets: Tensor, table: Tensor) -> Tensor:
