@@ -124,6 +124,26 @@ def test_gradient_of_flow_attention_of_one_sample_where_only_some_is_asked_for()
     assert torch.autograd.gradcheck(mix, (x.detach(), weight.clone().requires_grad_()))
 
 
+def test_flow_attention_of_one_sample_in_half_precision():
+    """Products are bfloat16, so results are near, gradients of weights are float32, and sums do not lose small terms."""
+    torch.manual_seed(0)
+    attention, x, weight = FlowAttention(32, 4), rows(3000, 32).requires_grad_(), rows(3000, 32, seed=1)
+
+    def results(enabled):
+        attention.zero_grad()
+        x.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            mixed = attention(x, Packing(torch.tensor([3000])))
+        (mixed.float() * weight).mean().backward()
+        return mixed, [x.grad, *(p.grad for p in attention.parameters())]
+
+    (half, half_grads), (full, full_grads) = results(True), results(False)
+    assert half.dtype == torch.bfloat16
+    for one, other in zip([half.float(), *half_grads], [full, *full_grads], strict=True):
+        assert one.dtype == torch.float32
+        assert (one - other).norm() < 0.03 * other.norm()
+
+
 @given(lengths, st.integers(0, 1000))
 def test_softmax_attention_is_the_formula(sizes, seed):
     torch.manual_seed(seed)

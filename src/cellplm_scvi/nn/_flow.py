@@ -22,7 +22,7 @@ def flow_attention(x: Tensor, qkv: nn.Linear, out: nn.Linear, n_heads: int) -> T
     are gone through side by side, and two numbers a cell and unit wait for the backward pass beside ``x``. Sums over cells
     are float32, but for products with ``x`` under autocast, which take its dtype and add up in float32.
     """
-    tensors = (x, qkv.weight, qkv.bias, out.weight, out.bias)
+    tensors: tuple[Tensor, ...] = (x, qkv.weight, qkv.bias, out.weight, out.bias)
     if torch.is_autocast_enabled("cpu"):
         tensors = tuple(t.to(torch.get_autocast_dtype("cpu")) for t in tensors)
     with torch.autocast("cpu", enabled=False):
