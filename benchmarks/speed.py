@@ -52,7 +52,7 @@ ROWS: dict[str, tuple[str, str, str]] = {
     "step-256": ("training step, 256 units, 2,000 cells x 2,000 genes", ">= 3", ""),
     "bf16-85m": ("training step, 85M, ours with precision='bf16-mixed', theirs in float32", ">= 3", ">= 3"),
     "bf16-256": ("training step, 256 units, ours with precision='bf16-mixed', theirs in float32", ">= 3", ""),
-    "compile-256": ("the same step, ours as it is, against ours compiled", "", ""),
+    "compile-256": ("training step, 256 units, ours as it is, against ours compiled", "", ""),
     "embed-85m": ("embedding, 85M, 8,000 cells x 19,374 genes", ">= 1.5", ">= 3"),
     "epoch": ("one epoch, 12,000 cells x 1,300 genes, defaults, against scVI", ">= 1", ""),
     "growth one sample": ("time a cell, 5,000 / 100,000 cells, one sample", ">= 0.87", ""),
@@ -71,9 +71,8 @@ def sides(row: str, config: Path | None, folder: Path) -> dict[str, Callable[[],
     """Makers of the work of both sides of a row, ``ours`` first."""
     large, small = configuration(config), configuration(None, **SMALL)
     match row:
-        case "step-85m" | "recompute-85m" | "bf16-85m" | "step-256" | "bf16-256":
-            variant, size = row.split("-")
-            arguments: tuple[Any, ...] = (large, 1000, DENSITY) if size == "85m" else (small, 2000, DENSITY)
+        case _ if (variant := row.split("-")[0]) in VARIANTS:
+            arguments: tuple[Any, ...] = (large, 1000, DENSITY) if row.endswith("-85m") else (small, 2000, DENSITY)
             return {
                 "ours": partial(our_step, *arguments, **VARIANTS[variant]),
                 "peer": partial(published_step, *arguments),

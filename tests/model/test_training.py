@@ -197,6 +197,27 @@ def test_half_precision_learns_what_full_precision_does(make_tissues, build, tra
     assert np.isfinite(half.get_latent_representation()).all()
 
 
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_are_clipped(tissues, build, train, precision, algorithm):
+    limit, found = 1e-3, []
+
+    class Seen(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            gradients = torch.cat([p.grad.ravel() for p in pl_module.parameters() if p.grad is not None])
+            found.append(float(gradients.norm() if algorithm == "norm" else gradients.abs().max()))
+            assert trainer.optimizers[0].defaults["fused"]
+
+    train(
+        build(tissues),
+        precision=precision,
+        gradient_clip_val=limit,
+        gradient_clip_algorithm=algorithm,
+        callbacks=[Seen()],
+    )
+    np.testing.assert_allclose(found, limit, rtol=1e-3)
+
+
 def test_training_goes_on(tissues, build, train):
     model = train(build(tissues), max_epochs=2)
     before = {name: p.detach().clone() for name, p in model.module.named_parameters()}

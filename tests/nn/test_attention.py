@@ -108,7 +108,7 @@ def test_flow_attention_of_one_sample_is_that_of_packed_ones_with_all_gradients(
     found = results(lambda x: one_flow_attention(x, attention.qkv, attention.out, 3))
     expected = results(lambda x: GlobalAttention.mix(attention, x, packing))
     for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_gradient_of_flow_attention_of_one_sample_where_only_some_is_asked_for():
@@ -125,9 +125,12 @@ def test_gradient_of_flow_attention_of_one_sample_where_only_some_is_asked_for()
 
 
 def test_flow_attention_of_one_sample_in_half_precision():
-    """Products are bfloat16, so results are near, gradients of weights are float32, and sums do not lose small terms."""
+    """Products are bfloat16, so results are near, with gradients in float32.
+
+    Cells are alike, so that sums over them grow, and would lose small terms if they were added up in bfloat16.
+    """
     torch.manual_seed(0)
-    attention, x, weight = FlowAttention(32, 4), rows(3000, 32).requires_grad_(), rows(3000, 32, seed=1)
+    attention, x, weight = FlowAttention(32, 4), (1 + rows(3000, 32)).requires_grad_(), rows(3000, 32, seed=1)
 
     def results(enabled):
         attention.zero_grad()

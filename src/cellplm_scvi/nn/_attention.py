@@ -200,7 +200,7 @@ class FlowAttention(GlobalAttention):
     .. math::
         \mathrm{out}_i = \sigma(I'_i)\,\frac{\phi(q_i)}{I_i}\sum_j\phi(k_j)^\top\,\mathrm{softmax}_j(O')\,N\,v_j .
 
-    Sums over cells are float32.
+    Sums over cells are added up in float32.
     """
 
     @staticmethod

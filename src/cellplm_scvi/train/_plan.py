@@ -7,6 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from scvi.module.base import BaseModuleClass, LossOutput
 from scvi.train import TrainingPlan
 from torch import nn
@@ -123,12 +125,29 @@ class CellPLMTrainingPlan(TrainingPlan):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW and a schedule by step over the whole run."""
-        if "mixed" in str(self.trainer.precision):
-            self.fused_optimizer = False  # Lightning cannot clip the gradients of a fused one under mixed precision
+        if self.trainer.precision == "16-mixed":
+            self.fused_optimizer = False  # it would undo the scaling of gradients in its step, after they are clipped
         optimizer = self._optimizer_creator_fn(torch.optim.AdamW)(self.parameter_groups())
         n_steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.lr_share(step, n_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip gradients, in bfloat16 those of a fused optimiser too.
+
+        Lightning refuses that under any mixed precision; without a scaler of gradients nothing stands against it.
+        """
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is None:
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameters that train, by learning rate; matrices of linear layers with weight decay, everything else without."""
