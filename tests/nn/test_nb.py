@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scvi.distributions import NegativeBinomial
+from torch.utils.flop_counter import FlopCounterMode
 
 from cellplm_scvi.nn import GeneOutput, SparseCounts, nb_expected_log1p, nb_negative_log_likelihood, softmax_nb_loss
 from cellplm_scvi.nn import _nb as nb
@@ -84,6 +85,20 @@ def test_loss_and_gradient_are_those_of_the_dense_likelihood(shape, panels, rest
     expected_grads = torch.autograd.grad(expected, leaves)
     for ours, theirs in zip(torch.autograd.grad(3 * found, leaves), expected_grads, strict=True):
         torch.testing.assert_close(ours / 3, theirs, rtol=1e-4, atol=1e-4 * max(1.0, float(theirs.abs().max())))
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["no grad", "frozen"])
+def test_without_gradient_the_same_loss_for_the_work_of_one_pass(frozen):
+    h, output, sparse_counts, _, library, share, panel = draw(0, 40, 30, panels=True, rest=True)
+    with FlopCounterMode(display=False) as of_both:
+        expected, expected_each = softmax_nb_loss(h, sparse_counts, library, output, share, panel)
+    for leaf in leaves_of(h, output):
+        leaf.requires_grad_(not frozen)
+    with FlopCounterMode(display=False) as of_one, torch.set_grad_enabled(frozen):
+        found, each = softmax_nb_loss(h, sparse_counts, library, output, share, panel)
+    assert of_one.get_total_flops() == 2 * output.weight.numel() * h.shape[0] < of_both.get_total_flops() / 2
+    torch.testing.assert_close((found, each), (expected.detach(), expected_each), rtol=0, atol=0)
+    assert not found.requires_grad
 
 
 @given(shapes, st.booleans())

@@ -194,8 +194,9 @@ class EmbeddingMixin:
             Minibatches to embed instead of ``adata``; rows are returned in its order, and those of a corpus
             (:meth:`~cellplm_scvi.data.CorpusDataModule.inference_dataloader`) in its order of cells.
         precision
-            ``"bf16-mixed"`` computes the encoder's products in bfloat16, which is meant for GPUs. On ``pbmc3k`` it moved
-            embeddings by less than a hundredth of their standard deviation (root mean square).
+            ``"bf16-mixed"`` computes the encoder's products in bfloat16, which is meant for GPUs; a CPU without instructions
+            for it takes many times as long. On ``pbmc3k`` it moved embeddings by less than a hundredth of their standard
+            deviation (root mean square).
 
         Returns
         -------

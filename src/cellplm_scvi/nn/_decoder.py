@@ -36,8 +36,8 @@ class CovariateCodes(nn.Module):
         if codes.is_floating_point():
             return codes @ self.weight
         known = (codes >= 0) & (codes < self.weight.shape[0])
-        learned = self.weight.index_select(0, codes.clamp(0, self.weight.shape[0] - 1))
-        return torch.where(known[:, None], learned, self.mean())
+        table = torch.cat([self.weight, self.mean()])
+        return table.index_select(0, torch.where(known, codes, self.weight.shape[0]))
 
 
 class BatchAwareDecoder(nn.Module):

@@ -32,18 +32,20 @@ class _ByteDropout(torch.autograd.Function):
         random_bytes = draws.view(torch.uint8)[:n].view(x.shape)
         ctx.save_for_backward(random_bytes)
         ctx.threshold = threshold
-        return _factors(random_bytes, threshold, x.dtype).mul_(x)
+        return _kept(x, random_bytes, threshold)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         (random_bytes,) = ctx.saved_tensors
-        return _factors(random_bytes, ctx.threshold, grad.dtype).mul_(grad), None
+        return _kept(grad, random_bytes, ctx.threshold), None
 
 
-def _factors(random_bytes: Tensor, threshold: int, dtype: torch.dtype) -> Tensor:
-    """0 for bytes below the threshold, else what keeps the expectation; without a comparison, which is slower here."""
-    return random_bytes.to(dtype).sub_(threshold - 1).clamp_(0, 1).mul_(256 / (256 - threshold))
+def _kept(x: Tensor, random_bytes: Tensor, threshold: int) -> Tensor:
+    """``x`` where bytes reach the threshold, scaled to the same expectation, else 0."""
+    # bytes become 0 or 1 as bytes: a comparison is slower here
+    keep = random_bytes.clamp(threshold - 1, threshold).sub_(threshold - 1).to(x.dtype)
+    return torch.addcmul(keep.new_zeros(()), keep, x, value=256 / (256 - threshold), out=keep)
 
 
 class Dropout(nn.Dropout):

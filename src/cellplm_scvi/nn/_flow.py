@@ -73,18 +73,25 @@ class _FlowAttention(torch.autograd.Function):
         opened = conserved_in.sigmoid()
         gate = inverse[:, :n_heads] * opened
 
-        gated = (q * gate[..., None]).flatten(1).to(dtype)
-        grad_matrix = torch.mm(gated.T, grad_mixed).view(n_heads, -1, n_hidden)
-        matrix = torch.bmm(products, onward).view(n_hidden, n_hidden)  # again, instead of keeping it
-        back = torch.mm(grad_mixed, matrix.T).to(wide).view_as(q)
+        grad_x = grad_w_in = grad_b_in = grad_w_out = grad_b_out = None
+        # what is of the size of x or of a weight is let go of as soon as it can be
+        grad_matrix = torch.mm((q * gate[..., None]).flatten(1).to(dtype).T, grad_mixed).view(n_heads, -1, n_hidden)
+        # the matrix again, instead of keeping it
+        back = torch.mm(grad_mixed, torch.bmm(products, onward).view(n_hidden, n_hidden).T).to(wide).view_as(q)
         grad_gate = (back * q).sum(2)
         torch.mul(back, gate[..., None], out=grad_q)
         grad_products = torch.bmm(grad_matrix, onward.transpose(1, 2))
+        if ctx.needs_input_grad[3]:
+            grad_w_out = torch.empty_like(w_out)
+            by_head = grad_w_out.unflatten(1, (n_heads, -1)).transpose(0, 1)
+            torch.bmm(grad_matrix.transpose(1, 2), products, out=by_head)
+        del grad_matrix
         grad_sums = torch.bmm(grad_products, values).view(n_hidden, n_hidden)
         grad_key_sum = torch.bmm(grad_products, bias[..., None]).view(n_hidden)
         back = torch.addmm(grad_key_sum, x, grad_sums.T).to(wide).view_as(k)
         grad_competition = (back * k).sum(2)
         torch.mul(back, competition[..., None], out=grad_k)
+        del back
 
         grad_share = competition * grad_competition
         grad_share -= competition * (grad_share.sum(0) / n_cells)
@@ -102,10 +109,10 @@ class _FlowAttention(torch.autograd.Function):
         torch.ops.aten.sigmoid_backward.grad_input(grad_both, both, grad_input=grad_both)
         grad_both = grad_both.to(dtype)
 
-        grad_x = grad_w_in = grad_b_in = grad_w_out = grad_b_out = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.mm((k * competition[..., None]).flatten(1).to(dtype), grad_sums)
             grad_x.addmm_(grad_both, w_in[: 2 * n_hidden])
+        del grad_sums
         if ctx.needs_input_grad[1]:
             grad_w_in = torch.empty_like(w_in)
             torch.mm(grad_both.T, x, out=grad_w_in[: 2 * n_hidden])
@@ -114,8 +121,6 @@ class _FlowAttention(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_bias = torch.bmm(key_sum[:, None], grad_products).view(n_hidden)
             grad_b_in = torch.cat([grad_both.sum(0), grad_bias])
-        if ctx.needs_input_grad[3]:
-            grad_w_out = torch.bmm(products.transpose(1, 2), grad_matrix).view(n_hidden, n_hidden).T
         if ctx.needs_input_grad[4]:
             grad_b_out = grad_mixed.sum(0)
         return grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out, None

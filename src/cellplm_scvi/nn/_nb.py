@@ -139,11 +139,10 @@ def softmax_nb_loss(
     The weighted sum, and the negative log-likelihood of each cell, (n_cells,), without a gradient.
     """
     with torch.autocast(h.device.type, enabled=False):
+        learned = (h.float(), output.weight.float(), output.bias.float(), output.log_theta.float())
         return _SoftmaxNB.apply(
-            h.float(),
-            output.weight.float(),
-            output.bias.float(),
-            output.log_theta.float(),
+            torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learned),
+            *learned,
             weight.float(),
             library.float(),
             counts,
@@ -158,13 +157,13 @@ class _SoftmaxNB(torch.autograd.Function):
     """Loss and gradient by chunks of rows.
 
     With r = mu / theta and u = r / (1 + r), the likelihood of a zero is theta log(1 + r) and its slope in log mu theta u.
-    r comes out of the last layer with log theta taken off its bias, and theta goes back in with the small matrices, so
-    that the chunk itself is passed over as few times as can be.
+    r comes out of the last layer with log theta taken off its bias.
     """
 
     @staticmethod
     def forward(
         ctx,
+        needs_grad: bool,
         h: Tensor,
         w: Tensor,
         b: Tensor,
@@ -179,12 +178,11 @@ class _SoftmaxNB(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         theta = log_theta.exp()
         library = library.clamp_min(1e-8)
-        entries = _Entries.of(counts, theta, entry_weight)
-        loss = entries.of_gamma_functions()
-        needs_grad = any(ctx.needs_input_grad[:4])
+        of_gene = _OfGene.of(theta, needs_grad)
+        loss = torch.empty_like(library)
         grad_h, grad_w = torch.empty_like(h), torch.zeros_like(w)
         grad_b, grad_theta = torch.zeros_like(b), torch.zeros_like(b)
-        w_theta, shifted, weighted_h = w * theta[:, None], b - log_theta, h * weight[:, None]
+        shifted, weighted_h = b - log_theta, h * weight[:, None]
         chunks = _chunks(counts)
         # two buffers for all chunks: memory that is in the cache already
         longest = max((rows.stop - rows.start for rows, _ in chunks), default=0)
@@ -198,8 +196,8 @@ class _SoftmaxNB(torch.autograd.Function):
             if rest:
                 top.clamp_min_(0.0)
             r.sub_(top)
-            cells = counts.rows[span] - rows.start
-            at = cells * counts.n_genes + counts.genes[span]
+            cells, genes = counts.rows[span] - rows.start, counts.genes[span]
+            at = cells * counts.n_genes + genes
             log_r = r.view(-1).index_select(0, at)
             total = r.exp_() @ theta
             if rest:
@@ -208,24 +206,25 @@ class _SoftmaxNB(torch.autograd.Function):
             log_r += scale.log().index_select(0, cells)
             r *= scale[:, None]
             log_ratio = torch.log1p(r, out=u)
-            loss[rows] += log_ratio @ theta
-            near = entries.near(span, log_r)
+            stored = of_gene.stored(
+                counts.values[span], genes, log_r, None if entry_weight is None else entry_weight[span]
+            )
             cell_offsets = counts.offsets[rows.start : rows.stop + 1] - span.start
-            loss[rows] += segment_sums(near.loss, cell_offsets)
+            torch.add(log_ratio @ theta, segment_sums(stored.loss, cell_offsets), out=loss[rows])
             if not needs_grad:
                 continue
             grad_theta += weight[rows] @ log_ratio
             torch.div(r, torch.add(r, 1, out=u), out=u)
             grad_theta -= weight[rows] @ u
-            grad_theta.index_add_(0, counts.genes[span], near.grad_theta * weight[rows].index_select(0, cells))
-            slope_sum = (u @ theta).add_(segment_sums(near.slope, cell_offsets))
-            # slope - p sum(slope), by theta: p is theta r over the library
-            u.addcmul_(r, (slope_sum / library[rows])[:, None], value=-1)
-            u.view(-1).scatter_add_(0, at, near.slope / entries.theta[span])
-            torch.mm(u, w_theta, out=grad_h[rows])
+            grad_theta.index_add_(0, genes, stored.grad_theta * weight[rows].index_select(0, cells))
+            slope_sum = (u @ theta).add_(segment_sums(stored.slope, cell_offsets))
+            # slope - p sum(slope): p is theta r over the library
+            u.addcmul_(r, (slope_sum / library[rows])[:, None], value=-1).mul_(theta)
+            u.view(-1).scatter_add_(0, at, stored.slope)
+            torch.mm(u, w, out=grad_h[rows])
             grad_w.addmm_(u.T, weighted_h[rows])
             grad_b += weight[rows] @ u
-        grads = [grad_h * weight[:, None], grad_w * theta[:, None], grad_b * theta, grad_theta * theta]
+        grads = [grad_h.mul_(weight[:, None]), grad_w, grad_b, grad_theta.mul_(theta)]
         if needs_grad:
             ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(loss)
@@ -234,7 +233,7 @@ class _SoftmaxNB(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_sum: Tensor, _grad_loss: Tensor | None):
-        return (*(grad_sum * g for g in ctx.saved_tensors), *[None] * 7)
+        return None, *(grad_sum * g for g in ctx.saved_tensors), *[None] * 7
 
 
 def _chunks(counts: SparseCounts) -> list[tuple[slice, slice]]:
@@ -266,8 +265,8 @@ def _digamma(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Near:
-    """What the stored counts of a chunk add to the terms of zeros, (n,) each."""
+class _Stored:
+    """Terms of stored counts, of which slope and gradient are less those of zeros in their place, (n,) each."""
 
     loss: Tensor
     slope: Tensor
@@ -275,40 +274,31 @@ class _Near:
 
 
 @dataclass(frozen=True)
-class _Entries:
-    """The stored counts, their dispersions and weights, (n_nonzero,) each: the gamma functions are needed here alone."""
+class _OfGene:
+    """Dispersions of genes with their gamma functions, (n_genes,) each; digammas where there are gradients."""
 
-    counts: SparseCounts
     theta: Tensor
-    gammas: Tensor
-    digammas: Tensor
-    weight: Tensor | None
+    gamma: Tensor
+    digamma: Tensor | None
 
     @classmethod
-    def of(cls, counts: SparseCounts, theta: Tensor, weight: Tensor | None) -> _Entries:
-        x = counts.values
-        theta_at, gamma, digamma = (
-            of_gene.index_select(0, counts.genes) for of_gene in (theta, torch.lgamma(theta), torch.digamma(theta))
-        )
-        gammas = gamma.add_(torch.lgamma(x + 1)).sub_(torch.lgamma(x + theta_at))
-        digammas = digamma.sub_(_digamma(x + theta_at))
-        return cls(counts, theta_at, gammas, digammas, weight)
+    def of(cls, theta: Tensor, needs_grad: bool) -> _OfGene:
+        return cls(theta, torch.lgamma(theta), torch.digamma(theta) if needs_grad else None)
 
-    def of_gamma_functions(self) -> Tensor:
-        """Sum over the stored counts of lgamma(theta) + lgamma(x + 1) - lgamma(x + theta), (n_cells,)."""
-        terms = self.gammas if self.weight is None else self.gammas * self.weight
-        return self.counts.with_values(terms).sum()
-
-    def near(self, span: slice, log_r: Tensor) -> _Near:
-        """Terms of the stored counts ``span`` with log(mu / theta) ``log_r``, less those of zeros in their place."""
-        x, theta = self.counts.values[span], self.theta[span]
+    def stored(self, x: Tensor, genes: Tensor, log_r: Tensor, weight: Tensor | None) -> _Stored:
+        """Terms of counts ``x`` with log(mu / theta) ``log_r``."""
+        theta = self.theta.index_select(0, genes)
+        above = x + theta
+        gammas = self.gamma.index_select(0, genes).add_(torch.lgamma(x + 1)).sub_(torch.lgamma(above))
         r = log_r.exp()
         log_ratio, u = torch.log1p(r), r / (1 + r)
-        loss, slope = x * (log_ratio - log_r), x * (u - 1)
-        grad_theta = self.digammas[span] - slope / theta
-        if self.weight is not None:
-            weight, more = self.weight[span], self.weight[span] - 1
+        loss, slope = gammas + x * (log_ratio - log_r), x * (u - 1)
+        grad_theta = -slope / theta
+        if self.digamma is not None:
+            grad_theta += self.digamma.index_select(0, genes).sub_(_digamma(above))
+        if weight is not None:
+            more = weight - 1
             loss = weight * loss + more * theta * log_ratio
             slope = weight * slope + more * theta * u
             grad_theta = weight * grad_theta + more * (log_ratio - u)
-        return _Near(loss, slope, grad_theta)
+        return _Stored(loss, slope, grad_theta)

@@ -47,15 +47,15 @@ class PublishedCodes(nn.Module):
         return self.contribution(self.weight.detach().sum(0, keepdim=True))
 
     def forward(self, codes: Tensor) -> Tensor:
-        """(n_cells,) -> (n_cells, n_hidden)."""
+        """(n_cells,) -> (n_cells, n_hidden), or (1, n_hidden) where all have the same code."""
         n = self.weight.shape[0]
         known = (codes >= 0) & (codes < n)
         # a table of thousands of batches against a minibatch of a few: each one's contribution is computed once
-        used, row = codes.clamp(0, n - 1).unique(return_inverse=True)
-        learned = self.contribution(self.weight.index_select(0, used)).index_select(0, row)
-        if codes.device.type == "cpu" and bool(known.all()):  # a GPU would have to wait for the answer
-            return learned
-        return torch.where(known[:, None], learned, self.mean())
+        used, row = torch.where(known, codes, n).unique(return_inverse=True)
+        rows = self.contribution(self.weight.index_select(0, used.clamp(max=n - 1)))
+        if codes.device.type != "cpu" or not bool(known.all()):  # a GPU would have to wait for the answer
+            rows = torch.where((used < n)[:, None], rows, self.mean())
+        return rows if rows.shape[0] == 1 else rows.index_select(0, row)
 
 
 class PublishedDecoderLayer(nn.Module):
@@ -154,8 +154,8 @@ class PublishedDecoder(nn.Module):
         x = z
         for layer in self.layers:
             x = layer.before_covariates(x)  # type: ignore[operator]
-            for contribution in layer.of_covariates(covariates, absent):  # type: ignore[operator]
-                x = x + contribution
+            contributions = layer.of_covariates(covariates, absent)  # type: ignore[operator]
+            x = x + sum(contributions) if contributions else x
             states.append(x)
         return states
 
