@@ -63,6 +63,9 @@ ROWS: dict[str, tuple[str, str, str]] = {
 }
 NEEDS_PUBLISHED = ("step-85m", "recompute-85m", "bf16-85m", "step-256", "bf16-256", "embed-85m")
 WITH_MEMORY = ("step-85m", "recompute-85m", "bf16-85m", "embed-85m")
+BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+#: vector instructions, and whether bfloat16 is multiplied by them or emulated
+PROCESSOR = torch.backends.cpu.get_cpu_capability() + (", bfloat16" if BFLOAT16 else "")
 #: what our side of a training step does differently
 VARIANTS: dict[str, dict[str, bool]] = {"step": {}, "recompute": {"recompute": True}, "bf16": {"bf16": True}}
 
@@ -190,6 +193,14 @@ def print_profile(config: Path | None) -> None:
 
 
 def table(results: list[Row]) -> str:
+    """Markdown of the newest result of each row, for each kind of processor."""
+    kinds = dict.fromkeys(result["processor"] for result in results if "processor" in result)
+    return "\n\n".join(
+        f"{kind}:\n\n{table_of([result for result in results if result.get('processor') == kind])}" for kind in kinds
+    )
+
+
+def table_of(results: list[Row]) -> str:
     """Markdown of the newest result of each row."""
     newest = {result["row"]: result for result in results}
     heads = ["work", "ours", "peer", "times faster", "by processor time", "target", "memory", "peer's", "times less"]
@@ -241,10 +252,13 @@ def main() -> None:
             work = sides(args.rows[0], args.config, Path(folder))[args.memory_of]()
             print(peak_above(work, 2))
         return
-    common = {"threads": args.threads, "repeats": args.repeats, "versions": versions(*PACKAGES)}
+    common = {"threads": args.threads, "repeats": args.repeats, "processor": PROCESSOR, "versions": versions(*PACKAGES)}
     for row in args.rows:
         if row in NEEDS_PUBLISHED and not published:
             print(f"{row}: skipped, {args.published} does not hold the published code (see --help).", file=sys.stderr)
+            continue
+        if row.startswith("bf16") and not BFLOAT16:
+            print(f"{row}: skipped, this processor has no instructions for bfloat16.", file=sys.stderr)
             continue
         if row == "profile":
             print_profile(args.config)
