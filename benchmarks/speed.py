@@ -63,7 +63,7 @@ ROWS: dict[str, tuple[str, str, str]] = {
 }
 NEEDS_PUBLISHED = ("step-85m", "recompute-85m", "bf16-85m", "step-256", "bf16-256", "embed-85m")
 WITH_MEMORY = ("step-85m", "recompute-85m", "bf16-85m", "embed-85m")
-BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 #: vector instructions, and whether bfloat16 is multiplied by them or emulated
 PROCESSOR = torch.backends.cpu.get_cpu_capability() + (", bfloat16" if BFLOAT16 else "")
 #: what our side of a training step does differently

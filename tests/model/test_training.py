@@ -215,6 +215,7 @@ def test_gradients_are_clipped(tissues, build, train, precision, algorithm):
         gradient_clip_algorithm=algorithm,
         callbacks=[Seen()],
     )
+    assert found
     np.testing.assert_allclose(found, limit, rtol=1e-3)
 
 

@@ -151,9 +151,14 @@ def test_new_batches_get_the_mean_code(load: Any, published_data: AnnData) -> No
     tables = {name: table.weight.shape[0] for name, table in model.module.decoder.codes.items()}
     assert tables == {"batch": 3, "dataset": 2}  # as the checkpoint has them: nothing was added
     table = model.module.decoder.codes["batch"]
-    mean = table.contribution(table.weight).mean(0)
-    for codes in ([3, 5], [1, 5]):
-        np.testing.assert_allclose(table(torch.tensor(codes)).detach()[-1], mean.detach(), rtol=1e-5, atol=1e-6)
+    known = table.contribution(table.weight).detach()
+    mean = known.mean(0)
+    for codes, expected in (
+        ([3, 5], mean[None]),  # the same for both
+        ([1, 5, 0, 1, -1], torch.stack([known[1], mean, known[0], known[1], mean])),
+        ([2, 2], known[2:3]),
+    ):
+        np.testing.assert_allclose(table(torch.tensor(codes)).detach(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_report_of_genes(load: Any, published_data: AnnData, caplog: pytest.LogCaptureFixture) -> None:

@@ -195,7 +195,7 @@ class EmbeddingMixin:
             (:meth:`~cellplm_scvi.data.CorpusDataModule.inference_dataloader`) in its order of cells.
         precision
             ``"bf16-mixed"`` computes the encoder's products in bfloat16, which is meant for GPUs; a CPU without instructions
-            for it takes many times as long. On ``pbmc3k`` it moved embeddings by less than a hundredth of their standard
+            for it takes several times as long. On ``pbmc3k`` it moved embeddings by less than a hundredth of their standard
             deviation (root mean square).
 
         Returns
