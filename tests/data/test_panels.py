@@ -144,5 +144,10 @@ def test_genes_that_do_not_match(reference):
         concat_panels([reference, ids])
     with pytest.raises(ValueError, match="ENSMUSG ids"):
         concat_panels([make(["ENSMUSG00000000003", "ENSMUSG00000000005"]), ids])
+    versions = make(["ENSG00000000003.5", "ENSG00000000005.2"])
+    with pytest.raises(ValueError, match=r'1 Ensembl ids have different versions .*ENSG00000000003.5 in "0".*Take the'):
+        concat_panels([versions, make(["ENSG00000000003.7", "ENSG00000000005.2"])])
+    with pytest.raises(ValueError, match="2 Ensembl ids have different versions"):
+        concat_panels([versions, ids])
     with pytest.warns(UserWarning, match="shares only 1 of its 2 genes"):
         concat_panels([reference, make(["A", "Y"])])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sp
 from anndata import AnnData
 from sklearn.metrics import f1_score
 
@@ -154,6 +156,40 @@ def test_own_format(annotator, labelled, tmp_path):
         del new.obs[column]
     again = CellPLMAnnotator.from_pretrained(tmp_path / "own", new, accelerator="cpu")
     np.testing.assert_array_equal(again.predict(), annotator.predict())
+
+
+def test_labels_that_are_no_classes_are_said(annotator, labelled):
+    adata = labelled.adata.copy()
+    adata.obs["label"] = adata.obs["label"].where(adata.obs["cell_type"] != "type0", "macrophage")
+    again = CellPLMAnnotator.from_pretrained(annotator, adata, accelerator="cpu")
+    with pytest.warns(UserWarning, match='"macrophage"; it has "type0", "type1", "type2"'):
+        again.train()
+    assert "macrophage" in CellPLMAnnotator.from_cellplm(again, "label").classes
+
+
+def test_a_set_up_without_labels_leaves_them_to_the_annotator(annotator, labelled):
+    adata = labelled.adata.copy()
+    CellPLM.setup_anndata(adata, batch_key="batch")
+    CellPLMAnnotator.setup_anndata(adata, batch_key="batch")
+    again = CellPLMAnnotator.from_pretrained(annotator, adata, accelerator="cpu")
+    again.train()
+    assert list(again.classes) == list(annotator.classes)
+
+
+@pytest.mark.parametrize("n_added", [3, 90])
+def test_added_genes_count_when_the_head_is_fitted_again(annotator, labelled, n_added):
+    """There are more principal components of more genes, up to a hundred."""
+    adata = labelled.adata.copy()
+    counts = sp.csr_matrix(np.repeat(np.arange(adata.n_obs)[:, None] == 7, n_added, axis=1).astype(np.float32))
+    further = AnnData(counts, var=pd.DataFrame(index=[f"further{n}" for n in range(n_added)]))
+    further.obs_names = adata.obs_names
+    wide = anndata.concat([adata, further], axis=1, merge="first")
+    again = CellPLMAnnotator.from_pretrained(annotator, wide, new_genes="add", accelerator="cpu")
+    rest = np.flatnonzero(np.arange(adata.n_obs) != 7)  # its library is another now
+    expected = annotator.predict(soft=True).iloc[rest]
+    pd.testing.assert_frame_equal(again.predict(soft=True).iloc[rest], expected, rtol=1e-3, atol=1e-4)
+    again.train()
+    assert again.module.annotation.loadings[-n_added:].abs().sum(1).gt(0).all()
 
 
 def test_fine_tuning(labelled):

@@ -6,12 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import scvi
 import torch
 from anndata import AnnData
 from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 
-from cellplm_scvi import CellPLM
+from cellplm_scvi import CellPLM, CellPLMAnnotator
 from cellplm_scvi.data import synthetic_tissues, true_shares
 from cellplm_scvi.model import _panel_regression
 from cellplm_scvi.model._panel_regression import _fit
@@ -168,6 +169,34 @@ def test_reliability(model, adata):
         model.get_imputation_reliability("xenium")
     with pytest.raises(ValueError, match="held_out=0.05"):
         model.get_imputation_reliability(held_out=0.05)
+
+
+def test_reliability_reads_the_counts_that_were_set_up(adata):
+    """Counts in a layer, and data sets that are numbers, change nothing; nor does an annotator around the network."""
+    quick = {"max_epochs": 2, "batch_size": 64, "accelerator": "cpu", "enable_progress_bar": False}
+    sizes = {"n_hidden": 16, "n_latent": 4, "n_layers": 1, "n_components": 2, "n_neighbours": 4, "n_niche": 4}
+    other = adata.copy()
+    other.layers["counts"] = other.X.copy()
+    other.X = other.X.log1p()
+    code = {"reference": 7, "spatial": 3}
+    other.obs["dataset"] = other.obs["dataset"].astype(str).map(code)
+    other.varm["measured_genes"] = other.varm["measured_genes"].rename(columns=code)
+    found = []
+    for data, keys in ((adata.copy(), KEYS), (other, KEYS | {"layer": "counts"})):
+        scvi.settings.seed = 0
+        CellPLM.setup_anndata(data, **keys)
+        model = CellPLM(data, **sizes)
+        model.train(1, accelerator="cpu", enable_progress_bar=False)
+        scvi.settings.seed = 0
+        found.append(model.get_imputation_reliability(3 if data is other else "spatial", **quick))
+    # categories have another order, and their codes start elsewhere
+    held_out = [frame["held_out_correlation"].notna() for frame in found]
+    assert held_out[0].equals(held_out[1])
+    assert found[1].notna().sum().equals(found[0].notna().sum())
+    assert list(other.varm["measured_genes"].columns) == [7, 3]
+    annotator = CellPLMAnnotator.from_cellplm(model, "cell_type")
+    scvi.settings.seed = 0
+    pd.testing.assert_frame_equal(annotator.get_imputation_reliability(**quick), found[1])
 
 
 def test_other_panels_in_training():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+import scvi
 import torch
 from anndata import AnnData
 
@@ -242,7 +243,76 @@ def test_data_without_pairs_are_refused(adata, change, message):
 
 
 def test_names_of_pairs_have_no_order():
-    assert elements_of("B + A") == elements_of("A+B") == ("A", "B")
+    assert elements_of("B + A", "ctrl") == elements_of("A+B", "ctrl") == ("A", "B")
+
+
+def test_the_control_is_nothing_beside_a_perturbation():
+    assert elements_of("A+ctrl", "ctrl") == elements_of("ctrl+A", "ctrl") == ("A",)
+    assert elements_of("ctrl", "ctrl") == elements_of("ctrl+ctrl", "ctrl") == ()
+
+
+def test_perturbations_named_with_the_control_are_the_same(adata):
+    """As in "A+ctrl" of some public data sets."""
+    copy = adata.copy()
+    names = copy.obs["perturbation"].astype(str)
+    copy.obs["perturbation"] = [name if "+" in name else f"{name}+control" for name in names]
+    fitted = []
+    for data in (adata, copy):
+        scvi.settings.seed = 0
+        fitted.append(fit(data))
+    one, other = fitted
+    assert one._perturbation == other._perturbation
+    pd.testing.assert_frame_equal(one.get_perturbation_effect(), other.get_perturbation_effect())
+    name = one._perturbation["elements"][0]
+    pd.testing.assert_frame_equal(other.predict_perturbation(f"control+{name}"), one.predict_perturbation(name))
+
+
+def test_pairs_alone_are_enough(adata):
+    """No element was ever perturbed by itself."""
+    names = adata.obs["perturbation"].astype(str)
+    model = fit(adata[((names == "control") | names.str.contains("+", regex=False)).to_numpy()].copy())
+    assert len(model._perturbation["elements"]) >= 4
+    assert np.isfinite(model.get_perturbation_effect()).all(axis=None)
+
+
+def test_a_missing_perturbation_is_no_control(adata, model):
+    copy = adata.copy()
+    copy.obs["perturbation"] = copy.obs["perturbation"].astype(object)
+    copy.obs.iloc[:2, copy.obs.columns.get_loc("perturbation")] = [None, np.nan]
+    with pytest.raises(ValueError, match=r'obs\["perturbation"\] has 2 missing values .*Write "control"'):
+        CellPLM.setup_anndata(copy, **KEYS)
+    copy.uns.clear()
+    with pytest.raises(ValueError, match="2 missing values"):
+        model.predict_perturbation("gene1", copy)
+
+
+def test_another_name_of_a_perturbed_gene_is_that_gene(adata):
+    copy = adata.copy()
+    first = next(name for name in copy.uns["perturbed_genes"] if "+" not in name)
+    rename = {first: "STAT1"}
+    copy.var_names = [rename.get(name, name) for name in copy.var_names]
+    copy.obs["perturbation"] = copy.obs["perturbation"].astype(str).str.replace(rf"\b{first}\b", "STAT1", regex=True)
+    model = fit(copy)
+    effect = model.get_perturbation_effect(["STAT1", "ENSG00000115415", "stat1"])
+    for name in ("ENSG00000115415", "stat1"):
+        pd.testing.assert_frame_equal(effect.loc[name], effect.loc["STAT1"])
+    assert effect.loc["STAT1", "lfc_mean"].abs().max() > 0.1
+
+
+def test_genes_that_no_control_cell_measured_have_no_effect(adata):
+    copy = adata.copy()
+    copy.obs["study"] = np.where(np.arange(copy.n_obs) % 2 == 0, "whole", "panel")
+    copy.varm["measured"] = pd.DataFrame({"whole": True, "panel": np.arange(copy.n_vars) < 30}, index=copy.var_names)
+    x = copy.X.toarray()
+    x[1::2, 30:] = 0
+    copy.X = x
+    model = fit(copy, {"dataset_key": "study", "measured_genes_key": "measured"})
+    name = model._perturbation["elements"][0]
+    panel = np.flatnonzero(controls(copy) & (copy.obs["study"] == "panel").to_numpy())
+    effect = model.get_perturbation_effect(name, indices=panel)
+    assert effect.iloc[30:].isna().all(axis=None)
+    assert effect.iloc[:30].notna().all(axis=None)
+    assert model.get_perturbation_effect(name).notna().all(axis=None)
 
 
 def test_shrinkage_beats_the_observation_where_few_genes_change():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from anndata import AnnData
 
-from cellplm_scvi import CellPLM
+from cellplm_scvi import CellPLM, CellPLMAnnotator
 
 pytest.importorskip("huggingface_hub")
 from scvi.hub import HubModel
@@ -44,6 +44,13 @@ def test_card(mixture_case: Any, published_data: AnnData, tmp_path: Path) -> Non
         assert text in card.text
     found.load_model(adata=published_data.copy())
     np.testing.assert_array_equal(found.model.get_latent_representation(), model.get_latent_representation())
+
+
+def test_card_names_the_class(dissociated_model: CellPLM, tmp_path: Path) -> None:
+    annotator = CellPLMAnnotator.from_cellplm(dissociated_model, "cell_type")
+    card = annotator.save_for_hub(tmp_path, license_info="mit").model_card.text
+    assert "from cellplm_scvi import CellPLMAnnotator" in card
+    assert "CellPLMAnnotator.from_pretrained(" in card
 
 
 def test_nothing_is_replaced_unasked(dissociated_model: CellPLM, tmp_path: Path) -> None:

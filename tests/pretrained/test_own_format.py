@@ -157,6 +157,41 @@ def test_other_column(dissociated_model: CellPLM, tmp_path: Path) -> None:
     same_results(dissociated_model, again)
 
 
+def test_what_is_passed_stands_beside_what_was_set_up(dissociated_model: CellPLM, tmp_path: Path) -> None:
+    """One more keyword changes none of the keys that the data were set up with."""
+    adata = dissociated_model.adata.copy()
+    adata.layers["raw"], adata.X = adata.X.copy(), adata.X.log1p()  # type: ignore[union-attr]
+    adata.obs = adata.obs.rename(columns={"batch": "donor", "sample": "piece"})
+    CellPLM.setup_anndata(adata, layer="raw", batch_key="donor", platform_key="platform", dataset_key="study")
+    again = reload(dissociated_model, tmp_path, adata, sample_key="piece")
+    same_results(dissociated_model, again)
+    assert again.registry_["setup_args"]["layer"] == "raw"
+
+
+def test_a_set_up_leaves_other_keys_to_the_model(tissues: AnnData, build: Any, train: Any, tmp_path: Path) -> None:
+    tissues.obs["size"] = np.asarray(tissues.X.sum(1)).ravel() * 2.0  # type: ignore[union-attr]
+    tissues.obs["guide"] = ["ctrl", "gene1"] * (tissues.n_obs // 2)
+    keys = {"size_factor_key": "size", "perturbation_key": "guide", "control_category": "ctrl"}
+    model = train(build(tissues, setup=keys))
+    adata = tissues.copy()
+    CellPLM.setup_anndata(adata, batch_key="batch")
+    again = reload(model, tmp_path, adata)
+    same_results(model, again)
+    assert {name: again.registry_["setup_args"][name] for name in keys} == keys
+    del adata.obs["size"]
+    assert reload(model, tmp_path, adata).registry_["setup_args"]["size_factor_key"] is None
+
+
+def test_words_that_are_numbers(tissues: AnnData, build: Any, train: Any, tmp_path: Path) -> None:
+    tissues.obs["dose"] = [0, 10] * (tissues.n_obs // 2)
+    setup = {"perturbation_key": "dose", "control_category": 0, "labels_key": "dose", "unlabeled_category": 10}
+    model = train(build(tissues, setup=setup))
+    model.train_perturbation(n_steps=1, progress_bar=False)
+    again = reload(model, tmp_path, tissues)
+    same_results(model, again)
+    pd.testing.assert_frame_equal(again.predict_perturbation("10"), model.predict_perturbation("10"))
+
+
 def test_data_may_come_later(dissociated_model: CellPLM, tmp_path: Path) -> None:
     again = reload(dissociated_model, tmp_path)
     for method in ("get_latent_representation", "get_normalized_expression", "get_elbo", "posterior_predictive_sample"):

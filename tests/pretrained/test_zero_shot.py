@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import anndata
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 import cellplm_scvi
 from cellplm_scvi import CellPLM
+from cellplm_scvi.genes import map_genes
 
 #: sums over genes in another order
 ROUNDING = 5e-5
@@ -203,6 +205,20 @@ def test_two_names_of_one_gene(load: Any, published_data: AnnData) -> None:
     report = load(renamed(published_data, names)).pretrained_report
     assert report.genes["matched"] == 59
     assert f'not used ("{names[1]}")' in report.genes["summary"]
+
+
+@pytest.mark.parametrize("suffix", ["-1", ".2"])
+def test_a_name_made_unique_stands_back_wherever_it_is(load: Any, published_data: AnnData, suffix: str) -> None:
+    """``var_names_make_unique`` leaves two columns that mean one gene: the one with the gene's name counts."""
+    second = published_data[:, :2].copy()
+    second.var_names = [f"{name}{suffix}" for name in map_genes(published_data.var_names[:2], "symbol").mapped]
+    symbols = renamed(published_data, list(map_genes(published_data.var_names, "symbol").mapped))
+    wide = anndata.concat([symbols, second], axis=1, merge="first")
+    expected = load(symbols).get_latent_representation()
+    for data in (wide, wide[:, ::-1].copy()):
+        model = load(data)
+        np.testing.assert_allclose(model.get_latent_representation(), expected, atol=1e-5)
+        assert "2 further names" in model.pretrained_report.genes["summary"]
 
 
 def test_mouse(load: Any, published_data: AnnData) -> None:

@@ -195,6 +195,27 @@ class AnnotationField(CovariateField):
         return {**state_registry, self.CATEGORICAL_MAPPING_KEY: mapping}
 
 
+class PerturbationField(AnnotationField):
+    """The perturbation of each cell. A missing column means ``default``, the controls; a missing value is an error."""
+
+    def validate_field(self, adata: AnnData) -> None:
+        """A missing column is allowed."""
+        key = self._original_attr_key
+        if key in adata.obs and (missing := pd.Series(adata.obs[key]).isna().to_numpy()).any():
+            raise ValueError(
+                f'obs["{key}"] has {int(missing.sum()):,} missing values (cells {some(adata.obs_names[missing])}): these '
+                f'cells cannot be told from controls. Write "{self.default}" there if they are controls; else drop them.'
+            )
+
+    def register_field(self, adata: AnnData) -> dict:
+        self.validate_field(adata)
+        return super().register_field(adata)
+
+    def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict:
+        self.validate_field(adata_target)
+        return super().transfer_field(state_registry, adata_target, **kwargs)
+
+
 class CoordinatesField(ObsmField):
     """Positions of cells; a row of NaN, or new data without the key, means no position."""
 
@@ -308,6 +329,7 @@ MuDataCountsField = MuDataWrapper(CountsField)
 MuDataCovariateField = MuDataWrapper(CovariateField)
 MuDataSampleField = MuDataWrapper(SampleField)
 MuDataAnnotationField = MuDataWrapper(AnnotationField)
+MuDataPerturbationField = MuDataWrapper(PerturbationField)
 MuDataCoordinatesField = MuDataWrapper(CoordinatesField)
 MuDataSizeFactorField = MuDataWrapper(SizeFactorField)
 MuDataMeasuredGenesField = MuDataWrapper(MeasuredGenesField)
@@ -364,8 +386,8 @@ def make_fields(
     if perturbation_key is not None:
         fields.append(
             field(
-                AnnotationField,
-                MuDataAnnotationField,
+                PerturbationField,
+                MuDataPerturbationField,
                 "perturbation_key",
                 c.PERTURBATION_KEY,
                 perturbation_key,

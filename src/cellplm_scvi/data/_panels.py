@@ -156,6 +156,8 @@ def _check_genes(named: Mapping[str, AnnData]) -> None:
             f"The data sets name their genes in different ways: {examples}. Bring them to one with "
             "`cellplm_scvi.genes.to_ensembl(adata.var_names)` or `to_symbol`."
         )
+    if set(kinds.values()) != {"symbols"}:
+        _check_versions(named)
     for name, adata in named.items():
         others = pd.Index([gene for key, other in named.items() if key != name for gene in other.var_names])
         n_shared = int(adata.var_names.isin(others).sum())
@@ -173,6 +175,24 @@ def _check_genes(named: Mapping[str, AnnData]) -> None:
             )
         if n_shared < min(FEW_SHARED, adata.n_vars):
             warn(f'Data set "{name}" shares only {n_shared} of its {adata.n_vars:,} genes with the other data sets.')
+
+
+def _check_versions(named: Mapping[str, AnnData]) -> None:
+    """Raise if an Ensembl id has different versions in two data sets, or one with and one without."""
+    written: dict[str, tuple[str, str]] = {}
+    differ: dict[str, str] = {}
+    for name, adata in named.items():
+        for gene in map(str, adata.var_names):
+            plain = gene.split(".")[0] if ENSEMBL.match(gene) else gene
+            earlier, elsewhere = written.setdefault(plain, (gene, name))
+            if gene != earlier and name != elsewhere:
+                differ[plain] = f'{earlier} in "{elsewhere}", {gene} in "{name}"'
+    if differ:
+        raise ValueError(
+            f"{len(differ):,} Ensembl ids have different versions in the data sets ({some(list(differ.values()), 2)}), and "
+            "would count as different genes. Take the versions off: "
+            '`adata.var_names = adata.var_names.str.split(".").str[0]`.'
+        )
 
 
 def gene_name_kind(names: pd.Index) -> str:

@@ -21,12 +21,19 @@ OWN_VARIANCE = 0.1
 UNMEASURED = 1e6
 
 
-def elements_of(perturbation: str) -> tuple[str, ...]:
-    """Names of what is perturbed: ``"A+B"`` is A and B, in alphabetical order."""
-    names = sorted({name.strip() for name in str(perturbation).split("+")})
+def elements_of(perturbation: str, control: str) -> tuple[str, ...]:
+    """Names of what is perturbed: ``"A+B"`` is A and B, in alphabetical order, ``"A+control"`` is A, and ``"control"`` nothing."""
+    if str(perturbation) == control:
+        return ()
+    names = {name.strip() for name in str(perturbation).split("+")}
     if "" in names:
         raise ValueError(f'"{perturbation}" is not the name of a perturbation, such as "A", or "A+B" for a pair.')
-    return tuple(names)
+    return tuple(sorted(names - {control}))
+
+
+def are_controls(names: np.ndarray, control: str) -> np.ndarray:
+    """Which names of perturbations, (n,), mean none, (n,)."""
+    return np.array([not elements_of(name, control) for name in names], dtype=bool)
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,9 @@ def pair_with_controls(table: CellTable, names: np.ndarray, control: str) -> Con
     control
         Name of none.
     """
-    is_control = names == control
+    kinds, kind = np.unique(names, return_inverse=True)
+    elements = [elements_of(name, control) for name in kinds]
+    is_control = np.array([not found for found in elements])[kind]
     batch = table.covariates[c.BATCH_KEY]
     label = table.annotations.get(c.LABELS_KEY, np.zeros_like(batch))
     found: dict[tuple[int, ...], int] = {}
@@ -89,7 +98,7 @@ def pair_with_controls(table: CellTable, names: np.ndarray, control: str) -> Con
     perturbed = np.flatnonzero(~is_control)
     by_set: dict[tuple, list[int]] = {}
     for row in perturbed.tolist():
-        by_set.setdefault((elements_of(names[row]), batch[row], label[row]), []).append(row)
+        by_set.setdefault((elements[kind[row]], batch[row], label[row]), []).append(row)
     keys = sorted(by_set, key=str)
     contexts = np.array([context(b, t) for _, b, t in keys], dtype=np.int64)
     exact = {k for k in found if len(k) == 2}

@@ -44,7 +44,7 @@ class GeneMatch:
     by
         Number of genes matched by each kind of name.
     second
-        Given genes whose place in the vocabulary a surer name (or an earlier one) took.
+        Given genes whose place in the vocabulary a surer name (or a shorter one) took.
     """
 
     columns: np.ndarray
@@ -68,7 +68,7 @@ def match_genes(vocabulary: pd.Index, given: pd.Index, organism: str = "human") 
 
     A name that the vocabulary has is that gene; else Ensembl ids (versions ignored), approved symbols, previous symbols
     and unambiguous aliases are compared by the gene that they mean, see :func:`cellplm_scvi.genes.map_genes`. Of several
-    names of one gene the surest counts, then the first.
+    names of one gene the surest counts, then the shortest (``"CD99"`` before ``"CD99-1"``), whatever their order.
     """
     return _match(tuple(map(str, vocabulary)), tuple(map(str, given)), organism)
 
@@ -87,13 +87,13 @@ def _match(vocabulary: tuple[str, ...], given: tuple[str, ...], organism: str) -
                 columns[n], kind[n] = place, KINDS.index(how)
     taken: set[int] = set()
     second = []
-    for n in np.argsort(kind, kind="stable"):
-        if columns[n] < 0:
+    for place in sorted(range(len(given)), key=lambda n: (kind[n], len(given[n]), given[n])):
+        if columns[place] < 0:
             continue
-        if columns[n] in taken:
-            second.append(given[n])
-            columns[n], kind[n] = -1, len(KINDS)
-        taken.add(int(columns[n]))
+        if columns[place] in taken:
+            second.append(given[place])
+            columns[place], kind[place] = -1, len(KINDS)
+        taken.add(int(columns[place]))
     by = {name: int((kind == k).sum()) for k, name in enumerate(KINDS) if (kind == k).any()}
     return GeneMatch(columns, by, second)
 

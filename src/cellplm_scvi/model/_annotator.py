@@ -15,7 +15,7 @@ from sklearn.decomposition import PCA
 
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import AnnOrMuData
-from cellplm_scvi.data._checks import CHUNK_ROWS, check_column, some
+from cellplm_scvi.data._checks import CHUNK_ROWS, check_column, some, warn
 from cellplm_scvi.data._fields import AnnotationField
 from cellplm_scvi.data._table import CellTable
 from cellplm_scvi.module import AnnotatorModule
@@ -53,6 +53,10 @@ class CellPLMAnnotator(CellPLM):
     """
 
     _module_cls = AnnotatorModule
+
+    @property
+    def _network_class(self) -> type[CellPLM]:
+        return CellPLM
 
     def _add_parts(self) -> None:
         super()._add_parts()
@@ -182,6 +186,7 @@ class CellPLMAnnotator(CellPLM):
             given = ["max_epochs"] * (max_epochs is not None) + list(kwargs)
             raise ValueError(f"{some(given)}: the frozen backbone is not trained. Pass fine_tune=True to train it.")
         table = CellTable.from_manager(self.adata_manager)
+        self._say_other_classes(table)
         classes = self._classes_of(table)
         labelled = np.flatnonzero(classes >= 0)
         if np.unique(classes[labelled]).size < 2:
@@ -199,6 +204,19 @@ class CellPLMAnnotator(CellPLM):
     def _classes_of(self, table: CellTable) -> np.ndarray:
         """Class of each cell, -1 for unlabelled, (n_cells,)."""
         return self._class_of_code()[table.annotations[c.LABELS_KEY]]
+
+    def _say_other_classes(self, table: CellTable) -> None:
+        """Warn of labels that are none of the classes."""
+        state = self.adata_manager.get_state_registry(c.LABELS_KEY)
+        names = np.asarray(state[AnnotationField.CATEGORICAL_MAPPING_KEY], dtype=object)
+        labels = names[table.annotations[c.LABELS_KEY]]
+        other = labels[~np.isin(labels, [*self.classes, self.unlabeled_category])]
+        if other.size:
+            warn(
+                f'{other.size:,} cells have labels in obs["{state[AnnotationField.ORIGINAL_ATTR_KEY]}"] that are no classes of '
+                f"this annotator ({some(np.unique(other.astype(str)))}; it has {some(self.classes)}) and count as unlabelled. "
+                "CellPLMAnnotator.from_cellplm(annotator, ...) makes one of all the classes."
+            )
 
     def _class_of_code(self) -> np.ndarray:
         mapping = self.adata_manager.get_state_registry(c.LABELS_KEY)[AnnotationField.CATEGORICAL_MAPPING_KEY]

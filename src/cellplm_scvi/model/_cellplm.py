@@ -112,6 +112,11 @@ class CellPLM(
 
     _module_cls = CellPLMModule
 
+    @property
+    def _network_class(self) -> type[CellPLM]:
+        """Class of a model whose ``train`` trains a network like this one."""
+        return type(self)
+
     def __init__(
         self,
         adata: AnnOrMuData | None = None,
@@ -266,7 +271,8 @@ class CellPLM(
         labels_key
             Column of ``obs`` with cell types, some of them ``unlabeled_category``; numbers are taken as text.
         perturbation_key
-            Column of ``obs`` with the perturbation of each cell, ``control_category`` for none, ``"A+B"`` for two.
+            Column of ``obs`` with the perturbation of each cell, ``control_category`` for none, ``"A+B"`` for two; there are
+            no missing values.
         size_factor_key
             Column of ``obs`` with the library size over all genes, where ``X`` holds a subset of them.
         measured_genes_key

@@ -17,6 +17,7 @@ from cellplm_scvi import _constants as c
 from cellplm_scvi.data._checks import some, warn
 from cellplm_scvi.data._fields import ABSENT, CovariateField
 from cellplm_scvi.data._vocabulary import MATCH_KEY, ORGANISM_KEY, UNNAMED_KEY, _gene_totals, gene_columns, match_genes
+from cellplm_scvi.nn import AnnotationHead
 from cellplm_scvi.nn._nb import log_total
 
 if TYPE_CHECKING:
@@ -162,6 +163,9 @@ def extend[Model: CellPLM](
             name: init["published"][name] + len(genes) for name in ("n_genes", "n_outputs")
         }
     extended = type(model)(registry=_grown_registry(model.registry_, categories, genes), **init)
+    if isinstance(head := getattr(module, "annotation", None), AnnotationHead):
+        extended.module.annotation.take_over(head)
+        module.annotation = extended.module.annotation
     extended.module.load_state_dict(module.state_dict())
     extended.module.to(model.module.device)
     extended.module.eval()

@@ -177,7 +177,7 @@ class ImputationMixin:
     ) -> pd.DataFrame:
         """Expected quality of each imputed gene, judged by genes that were measured and are held out.
 
-        A second model of the same kind is trained, from which a share of the panel's genes is hidden in ``dataset``. Its
+        A second network like this one is trained, from which a share of the panel's genes is hidden in ``dataset``. Its
         predictions of them there are compared with the counts. For all genes, its predictions are also compared with the
         counts of the other data sets, when it is shown the panel's genes alone. A monotone regression of the former on the
         latter gives what to expect of genes that cannot be checked.

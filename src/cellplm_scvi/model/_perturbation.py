@@ -14,7 +14,7 @@ from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import AnnOrMuData, move_to_device
 from cellplm_scvi.data._checks import some, warn
 from cellplm_scvi.data._fields import AnnotationField
-from cellplm_scvi.data._perturbation import elements_of
+from cellplm_scvi.data._perturbation import are_controls, elements_of
 from cellplm_scvi.genes import map_genes
 from cellplm_scvi.nn._perturbation import UNKNOWN, perturbed_shares
 
@@ -41,7 +41,7 @@ class PerturbationMixin(PerturbationTrainingMixin):
         ----------
         perturbation
             A name as in ``adata.obs[perturbation_key]``, several of them as ``"A+B"`` whether or not they were seen
-            together, or a gene that was never perturbed.
+            together, or a gene that was never perturbed. Another name of a perturbed gene is that gene.
         adata
             AnnData with control cells; ``None`` is the one that the model was built with. Without a column of
             perturbations, all its cells are controls.
@@ -94,7 +94,7 @@ class PerturbationMixin(PerturbationTrainingMixin):
         DataFrame with a row for each perturbation and gene (a MultiIndex of these), and columns ``lfc_mean``, the log2 fold
         change of the mean expression of the control cells, and ``lfc_std``, its standard error: what the number of
         cells and the shrinkage leave open, or for elements that were never perturbed how far changes usually are from
-        what is expected.
+        what is expected. NaN for genes that the data set of no control cell measured.
 
         Raises
         ------
@@ -107,11 +107,14 @@ class PerturbationMixin(PerturbationTrainingMixin):
         asked = [perturbations] if isinstance(perturbations, str) else list(perturbations)
         resolved = [self._resolve(name) for name in asked]
         total = torch.zeros(1 + len(asked), len(names))
+        measured = torch.zeros(len(names), dtype=torch.bool)
         for _, before, after in self._perturbed(adata, rows, resolved, batch_size):
+            measured |= before[:, genes].isfinite().any(0).cpu()
             for i, shares in enumerate([before, *after]):
                 total[i] += shares[:, genes].nansum(0).cpu()
         change = (total[1:].clamp_min(1e-12) / total[0].clamp_min(1e-12)).log2().numpy()
         deviation = np.stack([self._deviation(*perturbation)[genes] for perturbation in resolved]) / np.log(2)
+        change[:, ~measured] = deviation[:, ~measured] = np.nan
         index = pd.MultiIndex.from_product([asked, names], names=["perturbation", "gene"])
         return pd.DataFrame({"lfc_mean": change.ravel(), "lfc_std": deviation.ravel()}, index=index)
 
@@ -141,16 +144,15 @@ class PerturbationMixin(PerturbationTrainingMixin):
             return np.ones(adata.n_obs, dtype=bool)
         mapping = manager.get_state_registry(c.PERTURBATION_KEY)[AnnotationField.CATEGORICAL_MAPPING_KEY]
         codes = np.asarray(manager.get_from_registry(c.PERTURBATION_KEY)).ravel()
-        return np.asarray(mapping, dtype=object)[codes] == self._control
+        return are_controls(mapping, self._control)[codes]
 
     def _resolve(self, perturbation: str) -> tuple[list[int], list[int]]:
         """Indices of the elements that training had, and codes of the others."""
-        elements = elements_of(perturbation)
-        if self._control in elements:
+        elements = elements_of(perturbation, self._control)
+        if not elements:
             raise ValueError(f'"{self._control}" is no perturbation; get_normalized_expression gives it.')
         seen: list[str] = self._perturbation["elements"]  # type: ignore[index]
-        known = [seen.index(name) for name in elements if name in seen]
-        new = [name for name in elements if name not in seen]
+        known, new = self._recognised(elements)
         codes = [int(code) for code in self._element_genes(new)]
         absent = [name for name, code in zip(new, codes, strict=True) if code < 0]
         if absent:
@@ -164,6 +166,18 @@ class PerturbationMixin(PerturbationTrainingMixin):
                 "It is predicted to do what they do on average."
             )
         return known, [code if code >= 0 else UNKNOWN for code in codes]
+
+    def _recognised(self, names: Sequence[str]) -> tuple[list[int], list[str]]:
+        """Indices of the elements that training had, under these or other names of the same genes, and the other names."""
+        seen: list[str] = self._perturbation["elements"]  # type: ignore[index]
+        known = {name: seen.index(name) for name in names if name in seen}
+        others = [name for name in names if name not in seen]
+        if others:
+            genes = map_genes(seen).mapped.tolist()
+            for name, gene in zip(others, map_genes(others).mapped, strict=True):
+                if isinstance(gene, str) and genes.count(gene) == 1:
+                    known[name] = genes.index(gene)
+        return sorted(set(known.values())), [name for name in names if name not in known]
 
     def _perturbed(
         self, adata: AnnOrMuData, rows: np.ndarray, perturbations: list[tuple[list[int], list[int]]], size: int | None

@@ -16,7 +16,7 @@ from cellplm_scvi._compat import move_to_device
 from cellplm_scvi.data._checks import some
 from cellplm_scvi.data._fields import AnnotationField
 from cellplm_scvi.data._loader import CellDataset, _nearest, whole_sample_loader
-from cellplm_scvi.data._perturbation import Changes, ControlPairs, observed_changes, pair_with_controls
+from cellplm_scvi.data._perturbation import Changes, ControlPairs, are_controls, observed_changes, pair_with_controls
 from cellplm_scvi.data._table import CellTable
 from cellplm_scvi.genes import map_genes
 from cellplm_scvi.genes._mapping import Target
@@ -109,8 +109,10 @@ class PerturbationTrainingMixin:
         state = self.adata_manager.get_state_registry(c.PERTURBATION_KEY)  # type: ignore[attr-defined]
         mapping = np.asarray(state[AnnotationField.CATEGORICAL_MAPPING_KEY], dtype=object)
         names, key = mapping[table.annotations[c.PERTURBATION_KEY]], state[AnnotationField.ORIGINAL_ATTR_KEY]
-        found = [name for name in pd.unique(names) if name != self._control]
-        if len(found) == names.size or not (names == self._control).any():
+        used = pd.unique(names)
+        controls = are_controls(used, self._control)
+        found = list(used[~controls])
+        if not controls.any():
             raise ValueError(
                 f'obs["{key}"] has no cell of control_category="{self._control}"; it has {some(found)}. Pass the name of '
                 "the control to setup_anndata."
@@ -175,9 +177,8 @@ class PerturbationTrainingMixin:
         if len(names) >= MIN_ELEMENTS:
             alone = [np.flatnonzero(membership[:, i] & (membership.sum(1) == 1)) for i in range(len(names))]
             judged = [i for i, rows in enumerate(alone) if rows.size]
-            observed, variance = (
-                np.array([_pooled(changes, alone[i])[k] for i in judged]).reshape(len(judged), -1) for k in (0, 1)
-            )
+            pooled = np.array([_pooled(changes, alone[i]) for i in judged]).reshape(len(judged), 2, module.n_genes)
+            observed, variance = pooled[:, 0], pooled[:, 1]
             by_others = np.zeros_like(observed)
             if len(judged) >= MIN_ELEMENTS:
                 common = common_change(observed, variance)

@@ -102,8 +102,8 @@ class PretrainedMixin:
         accelerator, device
             Where to put the model, as in :meth:`load`.
         **setup
-            Arguments of :meth:`setup_anndata`, such as ``batch_key="donor"``; by default those that ``adata`` was set up
-            with, if it was, and those that the model was saved with.
+            Arguments of :meth:`setup_anndata`, such as ``batch_key="donor"``, in place of those that ``adata`` was set up
+            with, if it was. Keys that neither names are those that the model was saved with.
 
         Returns
         -------
@@ -178,7 +178,7 @@ class PretrainedMixin:
             file = "the model"
         else:
             registry, init, state, report, file = cls._read(source, overwrite_config, revision, cache_dir)
-        method, arguments = setup_of(cls, adata, setup)
+        method, arguments = setup_of(cls, adata, setup, registry["setup_args"])
         set_up_as(cls, registry, method, arguments)
         if organism is not None:
             registry["field_registries"][c.X_KEY]["state_registry"][ORGANISM_KEY] = organism
@@ -288,7 +288,7 @@ class PretrainedMixin:
                 "This model was loaded without an AnnData. Pass one to the method, or set it with `model.adata = adata`."
             )
         if isinstance(adata, MuData) != (self.registry_["setup_method_name"] == "setup_mudata"):  # type: ignore[attr-defined]
-            set_up_as(type(self), self.registry_, *setup_of(type(self), adata, {}))  # type: ignore[attr-defined]
+            set_up_as(type(self), self.registry_, *setup_of(type(self), adata, {}, self.registry_["setup_args"]))  # type: ignore[attr-defined]
         # scvi-tools sets up the first AnnData of such a model by the class's method. For other models it stays as it was.
         set_up = self._setup_adata_manager_store  # type: ignore[attr-defined]
         before = set_up.get(adata.uns.get(SCVI_UUID_KEY))

@@ -26,14 +26,28 @@ KEY_ARGUMENTS = {
     c.DATASET_KEY: "dataset_key",
     c.SAMPLE_KEY: "sample_key",
 }
+#: where the keys are that data need not have
+OPTIONAL_KEYS = {
+    **dict.fromkeys(KEY_ARGUMENTS.values(), "obs"),
+    "labels_key": "obs",
+    "perturbation_key": "obs",
+    "size_factor_key": "obs",
+    "spatial_key": "obsm",
+    "measured_genes_key": "varm",
+}
+#: words that go with keys
+WORDS = {"labels_key": "unlabeled_category", "perturbation_key": "control_category"}
 #: arguments of ``setup_anndata`` that a network has parts for
 BUILT_FOR = (*(KEY_ARGUMENTS[name] for name in c.COVARIATES), "spatial_key")
 
 
 def setup_of(
-    model_class: type[Any], adata: AnnOrMuData | None, setup: Mapping[str, Any]
+    model_class: type[Any], adata: AnnOrMuData | None, setup: Mapping[str, Any], saved: Mapping[str, Any]
 ) -> tuple[str | None, dict[str, Any]]:
-    """Name and arguments of the set-up that the user asks for; no name: the one that the model was saved with."""
+    """Name and arguments of the set-up that the user asks for; no name: the one that the model was saved with.
+
+    Of data that were set up, these are the keys that they were set up with, with ``setup`` in place of them.
+    """
     known = inspect.signature(model_class.setup_anndata).parameters
     unknown = [name for name in setup if name not in known or name in ("adata", "kwargs")]
     if unknown:
@@ -46,15 +60,31 @@ def setup_of(
     if manager is not None and manager.adata is not adata:
         copy_if_view(adata, copy_if_view=True)
         del adata.uns[SCVI_UUID_KEY]  # a copy of what was set up, which gets an entry of its own
-    if manager is not None and not setup:
-        registry = manager.registry
-        return registry["setup_method_name"], dict(registry["setup_args"])
-    if not isinstance(adata, AnnData):
+    if manager is None and not isinstance(adata, AnnData):
         raise ValueError("Call setup_mudata on the MuData first, so that it is known where its counts are.")
+    method, own = "setup_anndata", {}
+    if manager is not None:
+        method, own = manager.registry["setup_method_name"], _named(manager.registry["setup_args"], adata, saved)
+    if not isinstance(adata, AnnData):
+        return method, {**own, **setup}
     for argument, key in setup.items():  # data that come later may lack a column, but not these
         if key is not None and argument in KEY_ARGUMENTS.values():
             check_column(adata, key, argument)
-    return "setup_anndata", dict(setup)
+    return method, {**own, **setup}
+
+
+def _named(own: Mapping[str, Any], adata: AnnOrMuData, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that data were set up with, without keys that they left open and the model has a name for.
+
+    A key of the model counts if the data have it; that of the labels always, for without the column they are unknown.
+    """
+    arguments = dict(own)
+    for name, place in OPTIONAL_KEYS.items():
+        key = saved.get(name)
+        if own.get(name) is None and key is not None and (name == "labels_key" or key in getattr(adata, place)):
+            arguments.pop(name, None)
+            arguments.pop(WORDS.get(name, ""), None)
+    return arguments
 
 
 def set_up_as(
@@ -147,7 +177,9 @@ def portable(registry: Mapping[str, Any]) -> dict[str, Any]:
             known = state[CovariateField.CATEGORICAL_MAPPING_KEY][:n_known]
             state |= {CovariateField.N_KNOWN_KEY: n_known, CovariateField.CATEGORICAL_MAPPING_KEY: known}
         fields[name] = {**field, "data_registry": _plain_dict(field["data_registry"]), "state_registry": state}
-    return {**{key: value for key, value in registry.items() if key != "field_registries"}, "field_registries": fields}
+    # words are compared as text
+    words = {name: str(registry["setup_args"][name]) for name in WORDS.values() if name in registry["setup_args"]}
+    return {**registry, "setup_args": registry["setup_args"] | words, "field_registries": fields}
 
 
 def _plain_dict(value: Any) -> dict[str, Any]:

@@ -25,9 +25,10 @@ def imputation_reliability(
 ) -> pd.DataFrame:
     """See :meth:`cellplm_scvi.CellPLM.get_imputation_reliability`."""
     adata, key, dataset_key = _data_of(model)
-    table = pd.DataFrame(adata.varm[key])
+    table = pd.DataFrame(adata.varm[key]).copy()
+    table.columns = table.columns.astype(str)
     names = pd.Series(adata.obs[dataset_key]).astype(str)
-    dataset = _chosen(table, names, dataset)
+    dataset = _chosen(table, names, None if dataset is None else str(dataset))
     others = table.drop(columns=dataset).any(axis=1)
     genes = table.index[table[dataset] & others]
     n = round(held_out * len(genes))
@@ -45,7 +46,7 @@ def imputation_reliability(
     kept = reduced.index[reduced[dataset]]
     found = pd.DataFrame(index=table.index)
     found["reference_correlation"] = _within_reference(second, adata, names, dataset, kept, reduced)
-    found["held_out_correlation"] = _correlations(_counts(model, adata[cells], kept, hidden), imputed)  # type: ignore[arg-type]
+    found["held_out_correlation"] = _correlations(_counts(adata[cells], kept, hidden), imputed)  # type: ignore[arg-type]
     known = found.dropna()
     line = IsotonicRegression(out_of_bounds="clip").fit(known["reference_correlation"], known["held_out_correlation"])
     value = found["reference_correlation"].notna()
@@ -54,7 +55,7 @@ def imputation_reliability(
 
 
 def _data_of(model: CellPLM) -> tuple[AnnData, str, str]:
-    """AnnData, key of the table of measured genes, and column of the data set."""
+    """AnnData with the counts in X, key of the table of measured genes, and column of the data set."""
     adata = model.adata
     setup = model.registry_["setup_args"]
     key, dataset_key = setup.get("measured_genes_key"), setup.get("dataset_key")
@@ -63,7 +64,16 @@ def _data_of(model: CellPLM) -> tuple[AnnData, str, str]:
             "The reliability is judged by hiding genes that a data set measured: set the model up on an AnnData with "
             "measured_genes_key, such as concat_panels makes."
         )
-    return adata, key, dataset_key
+    layer = setup.get("layer")
+    return _on_same_cells(adata, adata.X if layer is None else adata.layers[layer]), key, dataset_key
+
+
+def _on_same_cells(adata: AnnData, x: Any) -> AnnData:
+    """An AnnData of these counts, which are not copied, with what is known of cells and genes."""
+    new = AnnData(x, obs=adata.obs.copy(), var=pd.DataFrame(index=adata.var_names))  # type: ignore[arg-type]
+    new.obsm.update(adata.obsm)
+    new.varm.update(adata.varm)
+    return new
 
 
 def _chosen(table: pd.DataFrame, names: pd.Series, dataset: str | None) -> str:
@@ -81,14 +91,13 @@ def _trained_on(
 ) -> CellPLM:
     """A new model like this one, trained on the same counts with another table of measured genes."""
     setup = {name: value for name, value in model.registry_["setup_args"].items() if value is not None}
-    layer = setup.pop("layer", None)
-    x = adata.X if layer is None else adata.layers[layer]
-    copy = AnnData(x, obs=adata.obs.copy(), var=pd.DataFrame(index=adata.var_names))  # type: ignore[arg-type]
-    copy.obsm.update({name: adata.obsm[name] for name in adata.obsm})
+    setup.pop("layer", None)  # they are in X
+    copy = _on_same_cells(adata, adata.X)
     copy.varm[key] = table
-    cls = type(model)
+    cls = model._network_class
     init = {name: value for name, value in model.init_params_["non_kwargs"].items() if value is not None}
     init.pop("extension", None)  # it is set up on all categories at once
+    init.pop("perturbation", None)
     with warnings.catch_warnings():
         # the counts of hidden genes are left out, as they should be
         warnings.filterwarnings("ignore", message=".*counts belong to genes that their data set did not measure.*")
@@ -115,15 +124,14 @@ def _within_reference(
             warnings.simplefilter("ignore", UserWarning)  # genes are missing on purpose
             # these cells are what a regression would be fitted to
             imputed = model.get_imputed_expression(part, gene_list=list(genes), regression_weight=0)
-        found = _correlations(_counts(model, adata[rows], shown, genes), imputed)  # type: ignore[arg-type]
+        found = _correlations(_counts(adata[rows], shown, genes), imputed)  # type: ignore[arg-type]
         best = best.combine(found.reindex(best.index), np.fmax)
     return best
 
 
-def _counts(model: CellPLM, adata: AnnData, total_of: pd.Index, genes: Any) -> pd.DataFrame:
+def _counts(adata: AnnData, total_of: pd.Index, genes: Any) -> pd.DataFrame:
     """Counts of some genes relative to the total of others, (n_cells, n_genes)."""
-    layer = model.registry_["setup_args"].get("layer")
-    x = as_csr(adata.X if layer is None else adata.layers[layer])
+    x = as_csr(adata.X)
     places = adata.var_names.get_indexer
     total = np.maximum(np.asarray(x[:, places(total_of)].sum(1)).ravel(), 1)
     return pd.DataFrame(x[:, places(pd.Index(genes))].toarray() / total[:, None], columns=list(genes))

@@ -55,6 +55,14 @@ class AnnotationHead(nn.Module):
         #: shapes the embedding in fine-tuning; predictions do not use it
         self.classifier = nn.Linear(n_latent, n_classes)
 
+    @torch.no_grad()
+    def take_over(self, other: AnnotationHead) -> None:
+        """Become a head of fewer genes, and perhaps components, whose further ones do not count until it is fitted again."""
+        self.classifier.load_state_dict(other.classifier.state_dict())
+        self.feature_scale.fill_(1.0)
+        for name, values in other.named_buffers():
+            getattr(self, name)[tuple(map(slice, values.shape))] = values
+
     @property
     def n_classes(self) -> int:
         return self.bias.shape[0]

@@ -28,9 +28,9 @@ tissue samples. {summary}
 Without running anything that is in the files:
 
 ```python
-from cellplm_scvi import CellPLM
+from cellplm_scvi import {name}
 
-model = CellPLM.from_pretrained("OWNER/NAME", adata)  # raw counts
+model = {name}.from_pretrained("OWNER/NAME", adata)  # raw counts
 adata.obsm["X_cellplm"] = model.get_latent_representation()
 ```
 
