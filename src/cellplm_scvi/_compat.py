@@ -10,7 +10,6 @@ from scvi.data._constants import _SCVI_UUID_KEY as SCVI_UUID_KEY
 from scvi.data._utils import _check_if_view as copy_if_view
 from scvi.model._utils import _get_batch_code_from_category as batch_codes
 from scvi.model._utils import parse_device_args
-from scvi.model._utils import scrna_raw_counts_properties as raw_count_statistics
 from scvi.model.base._de_core import _de_core as compare_groups
 from scvi.module.base._decorators import _move_data_to_device as move_to_device
 from scvi.train._logger import SimpleLogger
@@ -33,6 +32,5 @@ __all__ = [
     "devices_dsp",
     "move_to_device",
     "parse_device_args",
-    "raw_count_statistics",
     "setup_anndata_dsp",
 ]

@@ -55,6 +55,33 @@ def test_counts_outside_of_the_panel_change_nothing(with_panels, build, train):
         np.testing.assert_allclose(ours.detach(), theirs.detach(), atol=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["change", "vanilla"])
+def test_genes_are_compared_between_cells_that_measured_them(with_panels, build, train, mode):
+    """What no cell of a group measured is NaN; what some did not is compared between the others."""
+    model = train(build(with_panels, PANEL), max_epochs=20, plan_kwargs={"lr": 1e-2})
+    adata = model.adata
+    table = adata.varm["panel"]
+    study = adata.obs["study"].to_numpy()
+    lacking = table.index[~table["two"]]
+    rows = np.flatnonzero(study == "two")
+    one = (adata.obs["cell_type"] == "type0").to_numpy()
+    within = model.differential_expression(idx1=rows[one[rows]], idx2=rows[~one[rows]], mode=mode, silent=True)
+    numbers = within.select_dtypes("number").columns
+    assert within.loc[lacking, numbers].isna().all(axis=None)
+    assert within.drop(lacking)[numbers].notna().all(axis=None)
+    assert set(within.index) == set(adata.var_names)
+    if mode == "change":
+        assert not within.loc[lacking, "is_de_fdr_0.05"].any()
+        others = model.differential_expression(idx1=one & (study == "one"), idx2=~one, mode=mode, silent=True)
+        assert others[numbers].notna().all(axis=None)
+        # as between the cells of the study that measured these genes, for there are no others
+        there = model.differential_expression(
+            idx1=one & (study == "one"), idx2=~one & (study == "one"), mode=mode, silent=True
+        )
+        difference = (others["lfc_mean"] - there["lfc_mean"])[lacking].abs()
+        assert (difference < 0.5 * there.loc[lacking, "lfc_std"] + 0.1).all()
+
+
 def test_panels_of_new_data(with_panels, build, train):
     model = train(build(with_panels, PANEL))
     without = model.adata.copy()
@@ -145,6 +172,42 @@ def test_mudata_results(multimodal_model):
 def test_mudata_differential_expression(multimodal_model):
     found = multimodal_model.differential_expression(groupby="cell_type", group1="type0", mode="change", silent=True)
     assert set(found.index) == set(multimodal_model.adata["rna"].var_names)
+
+
+def test_modalities_in_an_order_of_their_own(multimodal, train):
+    """Results are those of the same cells in one order, and named by the MuData's."""
+    multimodal["rna"].obs["study"] = multimodal["rna"].obs["study"].astype(str)
+    order = np.random.default_rng(0).permutation(multimodal.n_obs)
+    protein = multimodal["adt"][order].copy()
+    shuffled = mudata.MuData({"adt": protein, "rna": multimodal["rna"].copy()})
+    for column in ("sample", "cell_type"):
+        shuffled.obs[column] = multimodal.obs[column].loc[shuffled.obs_names].to_numpy()
+    assert list(shuffled.obs_names) != list(shuffled["rna"].obs_names)
+    shuffled["rna"].varm["panel"] = multimodal["rna"].varm["panel"] = pd.DataFrame(
+        {"one": True, "two": np.arange(30) < 20}, index=multimodal["rna"].var_names
+    )
+    keys = KEYS | {"dataset_key": "study", "measured_genes_key": "panel", "perturbation_key": "cell_type"}
+    models = []
+    for data in (multimodal, shuffled):
+        CellPLM.setup_mudata(data, **keys, control_category="type0", modalities=MODALITIES | {"dataset_key": "rna"})
+        models.append(CellPLM(data, **TINY))
+    one, other = models
+    train(one)
+    other.module.load_state_dict(one.module.state_dict())
+    other.is_trained_ = True
+    for model in models:
+        adata = model.adata
+        model.adata.obsm["z"] = model.get_latent_representation()
+        expression = model.get_normalized_expression(library_size="latent")
+        assert list(expression.index) == list(adata.obs_names)
+    names = multimodal.obs_names
+    z = [pd.DataFrame(data.obsm["z"], index=data.obs_names).loc[names] for data in (multimodal, shuffled)]
+    np.testing.assert_allclose(z[0], z[1], atol=1e-5)
+    pd.testing.assert_frame_equal(
+        one.get_normalized_expression().loc[names], other.get_normalized_expression().loc[names], rtol=1e-3, atol=1e-6
+    )
+    np.testing.assert_array_equal(one._is_control(one.adata), (one.adata.obs["cell_type"] == "type0").to_numpy())
+    np.testing.assert_array_equal(other._is_control(other.adata), (other.adata.obs["cell_type"] == "type0").to_numpy())
 
 
 def test_mudata_save_and_load(multimodal_model, tmp_path):

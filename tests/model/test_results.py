@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import anndata
 import numpy as np
 import pandas as pd
 import pytest
 import scvi
 import torch
+from scvi.model._utils import scrna_raw_counts_properties
 
 from cellplm_scvi import CellPLM
 
@@ -102,8 +104,12 @@ def test_moments_and_draws_of_the_latent_space(model):
     assert mean.shape == variance.shape == (len(ROWS), 4)
     np.testing.assert_array_equal(mean, model.get_latent_representation(indices=ROWS))
     assert (variance > 0).all()
-    torch.manual_seed(0)
-    drawn = np.stack([model.get_latent_representation(indices=ROWS, give_mean=False) for _ in range(40)])
+    drawn = []
+    for seed in range(40):
+        scvi.settings.seed = seed
+        drawn.append(model.get_latent_representation(indices=ROWS, give_mean=False))
+    np.testing.assert_array_equal(model.get_latent_representation(indices=ROWS, give_mean=False), drawn[-1])
+    drawn = np.stack(drawn)
     assert (np.abs(drawn.mean(0) - mean) < 5 * np.sqrt(variance / 40)).all()
     averaged = model.get_latent_representation(indices=ROWS, give_mean=False, mc_samples=2000)
     assert (np.abs(averaged - mean) < 5 * np.sqrt(variance / 2000)).all()
@@ -255,6 +261,63 @@ def test_differential_expression_by_rows(planted):
     first = (adata.obs["cell_type"] == "type0").to_numpy()
     found = planted.differential_expression(idx1=first, idx2=~first, mode="change", silent=True)
     assert found["lfc_mean"].idxmax() == "gene11"
+
+
+def test_differential_expression_gives_scvi_tools_statistics_of_counts(planted):
+    adata = planted.adata
+    columns = list(adata.obs.columns)
+    found = planted.differential_expression(groupby="cell_type", mode="change", silent=True)
+    assert list(adata.obs.columns) == columns
+    first = (adata.obs["cell_type"] == "type1").to_numpy()
+    expected = scrna_raw_counts_properties(planted.adata_manager, first, ~first)
+    found = found[found["group1"] == "type1"].loc[adata.var_names]
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-5, err_msg=name)
+
+
+def test_groups_of_one_size_are_drawn_independently(planted):
+    """The same noise in both would cancel: changes are as uncertain as between groups of other sizes, in any order of rows."""
+    rows = np.flatnonzero(planted.adata.obs["cell_type"] != "type0")
+    rng = np.random.default_rng(0)
+    for batch_correction in (False, True):
+        spread = []
+        for n in (40, 41):
+            for _ in range(2):
+                drawn = rng.permutation(rows)
+                found = planted.differential_expression(
+                    idx1=drawn[:40],
+                    idx2=drawn[40 : 40 + n],
+                    mode="change",
+                    batch_correction=batch_correction,
+                    silent=True,
+                )
+                spread.append(found["lfc_std"].median())
+        assert max(spread) < 1.5 * min(spread)
+    chosen = planted.get_normalized_expression(n_samples_overall=500)
+    np.testing.assert_array_equal(chosen, planted.get_normalized_expression(n_samples_overall=500))
+
+
+def test_differential_expression_of_a_file(planted, tmp_path):
+    planted.adata.write_h5ad(tmp_path / "cells.h5ad")
+    backed = anndata.read_h5ad(tmp_path / "cells.h5ad", backed="r")
+    kwargs = {"groupby": "cell_type", "group1": "type0", "mode": "change", "silent": True}
+    found, expected = planted.differential_expression(backed, **kwargs), planted.differential_expression(**kwargs)
+    pd.testing.assert_frame_equal(found.loc[expected.index], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "message"),
+    [
+        ({"groupby": "kind"}, KeyError, 'groupby="kind" is not a column'),
+        ({"groupby": "cell_type", "group1": "type9"}, ValueError, 'no cell of the group "type9"; it has "type'),
+        ({"groupby": "cell_type", "group1": "type0", "group2": "type9"}, ValueError, 'no cell of the group "type9"'),
+        ({"idx1": np.zeros(160, dtype=bool)}, ValueError, "idx1 has no cell"),
+        ({"idx1": "cell_type == 'type0'", "idx2": "cell_type == 'x'"}, ValueError, "idx2 has no cell"),
+    ],
+)
+def test_groups_that_are_not_there(planted, asked, error, message):
+    with pytest.raises(error, match=message):
+        planted.differential_expression(**asked, silent=True)
 
 
 def test_differential_abundance(model):

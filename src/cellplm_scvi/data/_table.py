@@ -38,6 +38,8 @@ class CountRows:
     measured, panel
         Genes of each panel, (n_panels, n_genes), and panel of each cell, (n_cells,): counts of a gene that the cell's
         panel lacks are left out.
+    order
+        Row of ``x`` of each cell, (n_cells,); ``None`` for the order of ``x``.
     """
 
     def __init__(
@@ -47,7 +49,9 @@ class CountRows:
         n_genes: int,
         measured: np.ndarray | None = None,
         panel: np.ndarray | None = None,
+        order: np.ndarray | None = None,
     ):
+        self._order = order
         if isinstance(x, CSCDataset):
             x = x.to_memory()
         if sp.issparse(x):
@@ -72,12 +76,13 @@ class CountRows:
 
     def __getitem__(self, rows: np.ndarray) -> sp.csr_matrix:
         """Counts of the rows asked for, in their order, float32."""
+        stored = rows if self._order is None else self._order[rows]
         if self._backed:
-            order = np.argsort(rows, kind="stable")
-            unique, inverse = np.unique(rows[order], return_inverse=True)
+            order = np.argsort(stored, kind="stable")
+            unique, inverse = np.unique(stored[order], return_inverse=True)
             part = as_csr(self._x[unique])[inverse][np.argsort(order)]
         else:
-            part = as_csr(self._x[rows])
+            part = as_csr(self._x[stored])
         part = part.astype(np.float32, copy=False)
         if self._backed:
             part.sum_duplicates()
@@ -134,30 +139,32 @@ class CellTable:
         adata = _holder(manager, c.X_KEY)
         columns = gene_columns(state, adata.var_names)
 
-        def codes(key: str) -> np.ndarray:
-            return np.asarray(manager.get_from_registry(key)).ravel().astype(np.int64)
-
         coordinates = None
         if c.COORDINATES_KEY in registry:
             holder, key = _holder(manager, c.COORDINATES_KEY), registry[c.COORDINATES_KEY].attr_key
             if key in holder.obsm:
-                coordinates = np.asarray(holder.obsm[key], dtype=np.float64)
+                coordinates = _in_order(manager, c.COORDINATES_KEY, np.asarray(holder.obsm[key], dtype=np.float64))
             else:
                 coordinates = np.full((adata.n_obs, manager.get_state_registry(c.COORDINATES_KEY)["n_dims"]), np.nan)
         size_factor = None
         if c.SIZE_FACTOR_KEY in registry:
             size_factor = np.asarray(manager.get_from_registry(c.SIZE_FACTOR_KEY), dtype=np.float32).ravel()
+            size_factor = _in_order(manager, c.SIZE_FACTOR_KEY, size_factor)
         measured, panel = _panels(manager, adata, genes, columns)
         return cls(
-            counts=CountRows(manager.get_from_registry(c.X_KEY), columns, len(genes), measured, panel),
-            covariates={key: codes(key) for key in c.COVARIATES if key in registry},
-            sample=codes(c.SAMPLE_KEY),
-            names=adata.obs_names.to_numpy(),
+            counts=CountRows(
+                manager.get_from_registry(c.X_KEY), columns, len(genes), measured, panel, _order(manager, c.X_KEY)
+            ),
+            covariates={key: registered_codes(manager, key) for key in c.COVARIATES if key in registry},
+            sample=registered_codes(manager, c.SAMPLE_KEY),
+            names=manager.adata.obs_names.to_numpy(),
             coordinates=coordinates,
             size_factor=size_factor,
             measured=measured,
             panel=panel,
-            annotations={key: codes(key) for key in (c.LABELS_KEY, c.PERTURBATION_KEY) if key in registry},
+            annotations={
+                key: registered_codes(manager, key) for key in (c.LABELS_KEY, c.PERTURBATION_KEY) if key in registry
+            },
         )
 
     @property
@@ -200,6 +207,27 @@ def _holder(manager: AnnDataManager, key: str) -> AnnData:
     return manager.adata if mod_key is None else manager.adata.mod[mod_key]
 
 
+def _order(manager: AnnDataManager, key: str) -> np.ndarray | None:
+    """Row of each cell where a key is registered: modalities of a MuData may have their cells in an order of their own."""
+    names, own = manager.adata.obs_names, _holder(manager, key).obs_names
+    if names.equals(own):
+        return None
+    if names.is_unique:
+        return own.get_indexer(names)
+    return np.asarray(manager.adata.obsmap[manager.data_registry[key].mod_key]).ravel().astype(np.int64) - 1
+
+
+def _in_order(manager: AnnDataManager, key: str, values: np.ndarray) -> np.ndarray:
+    """Values of cells in the order of the AnnData, or MuData, as a whole."""
+    order = _order(manager, key)
+    return values if order is None else values[order]
+
+
+def registered_codes(manager: AnnDataManager, key: str) -> np.ndarray:
+    """Codes of a registered category, (n_cells,), in the order of the AnnData, or MuData, as a whole."""
+    return _in_order(manager, key, np.asarray(manager.get_from_registry(key)).ravel().astype(np.int64))
+
+
 def _panels(
     manager: AnnDataManager, adata: AnnData, genes: pd.Index, columns: np.ndarray
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -215,6 +243,7 @@ def _panels(
     table = table.set_axis(table.columns.astype(str), axis=1)
     field_state = manager.get_state_registry(c.DATASET_KEY)
     names = _holder(manager, c.DATASET_KEY).obs[field_state.original_key].astype(str)
+    names = _in_order(manager, c.DATASET_KEY, names.to_numpy())
     panel, used = pd.factorize(names)
     absent = [name for name in used if name not in table]
     if absent:

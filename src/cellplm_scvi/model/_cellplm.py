@@ -22,6 +22,7 @@ from cellplm_scvi.nn import Encoder, GeneMasking, Latent, Position
 from ._corpus import CorpusMixin
 from ._defaults import default_hidden, default_latent, default_layers
 from ._denoising import DenoisingMixin
+from ._differential import DifferentialMixin
 from ._embedding import EmbeddingMixin
 from ._expression import ExpressionMixin
 from ._extension import Extension, ExtensionMixin
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 class CellPLM(
     EmbeddingMixin,
+    DifferentialMixin,
     ExpressionMixin,
     DenoisingMixin,
     ImputationMixin,

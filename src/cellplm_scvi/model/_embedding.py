@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,12 +32,25 @@ Moments = tuple[np.ndarray, np.ndarray]
 Precision = Literal["32-true", "bf16-mixed"]
 
 
+_draws_are_fixed: ContextVar[bool] = ContextVar("draws_are_fixed", default=False)
+
+
 @contextmanager
-def fixed_draws() -> Iterator[None]:
-    """Draw the same random numbers at each call, and leave the global generator as it was."""
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed or 0)
+def fixed_draws(*, anew: bool = False) -> Iterator[None]:
+    """Draw the same random numbers at each call, and leave the global generator as it was.
+
+    Calls within it go on with its numbers, unless they begin ``anew``: what is compared must not have the same noise.
+    """
+    if _draws_are_fixed.get() and not anew:
         yield
+        return
+    token = _draws_are_fixed.set(True)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(settings.seed or 0)
+            yield
+    finally:
+        _draws_are_fixed.reset(token)
 
 
 class EmbeddingMixin:
@@ -104,7 +118,7 @@ class EmbeddingMixin:
             max_context=self.module.max_context,
         )
         empty = 0
-        with fixed_draws(), self._autocast(precision):
+        with fixed_draws(anew=True), self._autocast(precision):
             for request, tensors in zip(loader.sampler, loader, strict=True):
                 empty += int((tensors["offsets"].diff() == 0).sum())
                 found = request.rows if request.target is None else request.rows[request.target]
@@ -221,7 +235,8 @@ class EmbeddingMixin:
             return mean, variance
         if give_mean:
             return mean
-        draws = self.module.latent.sample(torch.from_numpy(mean), torch.from_numpy(variance), mc_samples)
+        with fixed_draws():
+            draws = self.module.latent.sample(torch.from_numpy(mean), torch.from_numpy(variance), mc_samples)
         return (draws if mc_samples == 1 else draws.mean(0)).numpy()
 
     def _moments_of(self, dataloader: Iterable[Minibatch], precision: Precision) -> Moments:
@@ -236,7 +251,7 @@ class EmbeddingMixin:
                 rows.append(found)
                 yield tensors
 
-        with fixed_draws(), self._autocast(precision):
+        with fixed_draws(anew=True), self._autocast(precision):
             outputs = [self.module.inference(tensors) for tensors in minibatches()]
         mean, variance = (torch.cat([o[key].float().cpu() for o in outputs]).numpy() for key in ("qzm", "qzv"))
         if rows:

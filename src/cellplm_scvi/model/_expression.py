@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
-from scvi import settings
 from scvi.model.base import RNASeqMixin, VAEMixin
 from scvi.utils import track
 from torch import Tensor
 
 from cellplm_scvi import _constants as c
-from cellplm_scvi._compat import AnnOrMuData, batch_codes, compare_groups, raw_count_statistics
+from cellplm_scvi._compat import AnnOrMuData, batch_codes
 from cellplm_scvi.data._checks import some
 from cellplm_scvi.data._vocabulary import gene_columns
 from cellplm_scvi.model._embedding import fixed_draws
@@ -100,6 +97,8 @@ class ExpressionMixin(RNASeqMixin, VAEMixin):
         codes = batch_codes(manager, transform_batch)
         parts = []
         with fixed_draws():
+            n_pairs = rows.size * n_samples
+            chosen = torch.randint(n_pairs, (n_samples_overall,)).numpy() if n_samples_overall and n_pairs else None
             for tensors in loader:
                 decoded = [
                     self._decoded(tensors, code, n_samples if draw else None, library_size)[..., genes].cpu()
@@ -113,8 +112,7 @@ class ExpressionMixin(RNASeqMixin, VAEMixin):
         expression = np.concatenate(parts, axis=-2) if parts else np.zeros(shape, np.float32)
         if n_samples_overall is not None:
             expression = expression.reshape(-1, expression.shape[-1])
-            chosen = np.random.default_rng(settings.seed or 0).integers(expression.shape[0], size=n_samples_overall)
-            return expression[chosen]
+            return expression if chosen is None else expression[chosen]
         if draw and not return_mean:
             return expression
         expression = expression[0] if draw else expression
@@ -157,84 +155,6 @@ class ExpressionMixin(RNASeqMixin, VAEMixin):
         if px.output.measured is not None and px.panel is not None:
             values = values.masked_fill(~px.output.measured[px.panel], torch.nan)
         return values
-
-    def differential_expression(
-        self,
-        adata: AnnOrMuData | None = None,
-        groupby: str | None = None,
-        group1: Sequence[str] | str | None = None,
-        group2: str | None = None,
-        idx1: Sequence[int] | Sequence[bool] | str | None = None,
-        idx2: Sequence[int] | Sequence[bool] | str | None = None,
-        mode: Literal["vanilla", "change"] = "vanilla",
-        delta: float = 0.25,
-        batch_size: int | None = None,
-        all_stats: bool = True,
-        batch_correction: bool = False,
-        batchid1: Sequence[str] | None = None,
-        batchid2: Sequence[str] | None = None,
-        fdr_target: float = 0.05,
-        silent: bool = False,
-        weights: Literal["uniform"] | None = "uniform",
-        filter_outlier_cells: bool = False,
-        **kwargs: Any,
-    ) -> pd.DataFrame:
-        """Bayesian differential expression between groups of cells (Boyeau et al. 2019), as in scvi-tools.
-
-        Parameters
-        ----------
-        adata
-            AnnData with the genes of the model; ``None`` is the one that the model was built with.
-        groupby, group1, group2, idx1, idx2, mode, delta, batch_size, all_stats, batch_correction, batchid1, batchid2,\
- fdr_target, silent, weights, filter_outlier_cells, **kwargs
-            As in :meth:`scvi.model.SCVI.differential_expression`.
-
-        Returns
-        -------
-        DataFrame with a row a gene and comparison.
-
-        Raises
-        ------
-        ValueError
-            If the data have genes that the model does not know.
-        """
-        adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
-        manager = self.get_anndata_manager(adata, required=True)  # type: ignore[attr-defined]
-        _, names = self._genes(manager, None)
-        unknown = self._gene_names(manager).difference(names)
-        if len(unknown):
-            raise ValueError(
-                f"{len(unknown):,} genes of this AnnData are unknown to the model ({some(unknown)}). Leave them out: "
-                "`adata[:, adata.var_names.isin(model.adata.var_names)].copy()`."
-            )
-        with self._encoded_once(adata), fixed_numpy_draws():  # type: ignore[attr-defined]
-            return compare_groups(
-                manager,
-                partial(
-                    self.get_normalized_expression,
-                    return_numpy=True,
-                    n_samples=1,
-                    batch_size=batch_size,
-                    weights=weights,
-                ),
-                self.get_latent_representation if filter_outlier_cells else None,  # type: ignore[attr-defined]
-                groupby,
-                group1,
-                group2,
-                idx1,
-                idx2,
-                all_stats,
-                raw_count_statistics,
-                names,
-                mode,
-                batchid1,
-                batchid2,
-                delta,
-                batch_correction,
-                fdr_target,
-                silent,
-                **kwargs,
-            )
 
     def posterior_predictive_sample(
         self,
@@ -369,14 +289,3 @@ class ExpressionMixin(RNASeqMixin, VAEMixin):
         table = self._table(adata)  # type: ignore[attr-defined]
         library = table.totals if table.size_factor is None else table.size_factor
         return library[self._rows(table.n_cells, indices)]  # type: ignore[attr-defined]
-
-
-@contextmanager
-def fixed_numpy_draws() -> Iterator[None]:
-    """The same for NumPy's global generator, which scvi-tools' differential expression draws from."""
-    state = np.random.get_state()  # noqa: NPY002
-    np.random.seed(settings.seed or 0)  # noqa: NPY002
-    try:
-        yield
-    finally:
-        np.random.set_state(state)  # noqa: NPY002

@@ -15,6 +15,7 @@ from cellplm_scvi._compat import AnnOrMuData, move_to_device
 from cellplm_scvi.data._checks import some, warn
 from cellplm_scvi.data._fields import AnnotationField
 from cellplm_scvi.data._perturbation import are_controls, elements_of
+from cellplm_scvi.data._table import registered_codes
 from cellplm_scvi.genes import map_genes
 from cellplm_scvi.nn._perturbation import UNKNOWN, perturbed_shares
 
@@ -143,7 +144,7 @@ class PerturbationMixin(PerturbationTrainingMixin):
         if c.PERTURBATION_KEY not in manager.data_registry:
             return np.ones(adata.n_obs, dtype=bool)
         mapping = manager.get_state_registry(c.PERTURBATION_KEY)[AnnotationField.CATEGORICAL_MAPPING_KEY]
-        codes = np.asarray(manager.get_from_registry(c.PERTURBATION_KEY)).ravel()
+        codes = registered_codes(manager, c.PERTURBATION_KEY)
         return are_controls(mapping, self._control)[codes]
 
     def _resolve(self, perturbation: str) -> tuple[list[int], list[int]]:

@@ -1,0 +1,284 @@
+"""Differential expression between groups of cells, among the genes that both have measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from scvi import settings
+from scvi.utils import track
+
+from cellplm_scvi._compat import AnnOrMuData, compare_groups
+from cellplm_scvi.data._checks import CHUNK_ROWS, some
+
+from ._embedding import fixed_draws
+
+if TYPE_CHECKING:
+    from scvi.data import AnnDataManager
+
+    from cellplm_scvi.data._table import CellTable
+
+
+class DifferentialMixin:
+    """Compares the expression of groups of cells."""
+
+    def differential_expression(
+        self,
+        adata: AnnOrMuData | None = None,
+        groupby: str | None = None,
+        group1: Sequence[str] | str | None = None,
+        group2: str | None = None,
+        idx1: Sequence[int] | Sequence[bool] | str | None = None,
+        idx2: Sequence[int] | Sequence[bool] | str | None = None,
+        mode: Literal["vanilla", "change"] = "vanilla",
+        delta: float = 0.25,
+        batch_size: int | None = None,
+        all_stats: bool = True,
+        batch_correction: bool = False,
+        batchid1: Sequence[str] | None = None,
+        batchid2: Sequence[str] | None = None,
+        fdr_target: float = 0.05,
+        silent: bool = False,
+        weights: Literal["uniform"] | None = "uniform",
+        filter_outlier_cells: bool = False,
+        **kwargs: Any,
+    ) -> pd.DataFrame:
+        """Bayesian differential expression between groups of cells (Boyeau et al. 2019), as in scvi-tools.
+
+        Where data sets measured different genes, a gene is compared between the cells that measured it, and is NaN where
+        none of a group did.
+
+        Parameters
+        ----------
+        adata
+            AnnData with the genes of the model; ``None`` is the one that the model was built with.
+        groupby, group1, group2, idx1, idx2, mode, delta, batch_size, all_stats, batch_correction, batchid1, batchid2,\
+ fdr_target, silent, weights, filter_outlier_cells, **kwargs
+            As in :meth:`scvi.model.SCVI.differential_expression`.
+
+        Returns
+        -------
+        DataFrame with a row a gene and comparison.
+
+        Raises
+        ------
+        ValueError
+            If the data have genes that the model does not know, or two groups have no gene in common.
+        """
+        adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
+        manager = self.get_anndata_manager(adata, required=True)  # type: ignore[attr-defined]
+        genes, names = self._genes(manager, None)  # type: ignore[attr-defined]
+        unknown = self._gene_names(manager).difference(names)  # type: ignore[attr-defined]
+        if len(unknown):
+            raise ValueError(
+                f"{len(unknown):,} genes of this AnnData are unknown to the model ({some(unknown)}). Leave them out: "
+                "`adata[:, adata.var_names.isin(model.adata.var_names)].copy()`."
+            )
+        comparisons = list(_comparisons(pd.DataFrame(adata.obs), groupby, group1, group2, idx1, idx2))
+
+        def representation(_: object, indices: np.ndarray) -> np.ndarray:
+            return self.get_latent_representation(adata, indices=indices)  # type: ignore[attr-defined]
+
+        def shares_of(kept: np.ndarray, _: object, **cells: Any) -> np.ndarray:
+            shares = self.get_normalized_expression(  # type: ignore[attr-defined]
+                adata, return_numpy=True, n_samples=1, batch_size=batch_size, weights=weights, **cells
+            )
+            return _where_measured(shares[:, kept])
+
+        results = []
+        with self._encoded_once(adata), fixed_draws(), fixed_numpy_draws():  # type: ignore[attr-defined]
+            table: CellTable = self._table(adata)  # type: ignore[attr-defined]
+            for asked in track(comparisons, description="DE...", disable=silent):
+                kept = np.flatnonzero((_measured(table, asked.first) & _measured(table, asked.second))[genes])
+                if kept.size == 0:
+                    raise ValueError("No gene was measured in both groups.")
+                found = compare_groups(
+                    _Registered(manager, asked.obs, _Columns(table, genes[kept])),
+                    partial(shares_of, kept),
+                    representation if filter_outlier_cells else None,
+                    *asked.arguments,
+                    all_stats,
+                    _count_statistics,
+                    names[kept],
+                    mode,
+                    batchid1,
+                    batchid2,
+                    delta,
+                    batch_correction,
+                    fdr_target,
+                    True,  # the bar is here
+                    **kwargs,
+                )
+                results.append(_with_all_genes(found, names))
+        return pd.concat(results)
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """Cells of two groups, (n_cells,) boolean, and what scvi-tools is told of them.
+
+    Parameters
+    ----------
+    first, second
+        Members.
+    obs
+        Table of cells with the column that the arguments name.
+    arguments
+        ``groupby, group1, group2, idx1, idx2``.
+    """
+
+    first: np.ndarray
+    second: np.ndarray
+    obs: pd.DataFrame
+    arguments: tuple[Any, ...]
+
+
+def _comparisons(
+    obs: pd.DataFrame, groupby: str | None, group1: Any, group2: Any, idx1: Any, idx2: Any
+) -> Iterator[_Comparison]:
+    """The comparisons that are asked for, as scvi-tools understands the arguments."""
+
+    def members(cells: Any) -> np.ndarray:
+        if isinstance(cells, str):
+            return obs.index.isin(obs.query(cells).index)
+        mask = np.zeros(len(obs), dtype=bool)
+        mask[np.asarray(cells).ravel()] = True
+        return mask
+
+    if idx1 is not None:
+        first = members(idx1)
+        second = ~first if idx2 is None else members(idx2)
+        for name, cells in (("idx1", first), ("idx2", second)):
+            if not cells.any():
+                raise ValueError(f"{name} has no cell.")
+        # a cell of both counts as one of the second
+        yield _Comparison(first, second, obs[[]].copy(), (None, None, None, first, None if idx2 is None else second))
+        return
+    if groupby not in obs:
+        raise KeyError(f'groupby="{groupby}" is not a column of adata.obs, which has {some(list(obs.columns), 12)}.')
+    column = obs[groupby]
+    chosen = column.astype("category").cat.categories.tolist() if group1 is None else group1
+    chosen = [chosen] if isinstance(chosen, str) or not np.iterable(chosen) else list(chosen)
+    if group1 is None and len(chosen) == 1:
+        raise ValueError(f'obs["{groupby}"] has one group only ({some(chosen)}): there is nothing to compare.')
+    for name in chosen:
+        first = (column == name).to_numpy(dtype=bool, na_value=False)
+        second = ~first if group2 is None else (column == group2).to_numpy(dtype=bool, na_value=False)
+        for group, cells in ((name, first), (group2, second)):
+            if not cells.any():
+                raise ValueError(
+                    f'obs["{groupby}"] has no cell of the group "{group}"; it has {some(column.unique())}.'
+                )
+        yield _Comparison(first, second, obs[[groupby]].copy(), (groupby, [name], group2, None, None))
+
+
+class _Columns:
+    """Counts of some genes, by rows."""
+
+    def __init__(self, table: CellTable, genes: np.ndarray):
+        self.table = table
+        self.genes = genes
+
+    def __getitem__(self, rows: np.ndarray) -> sp.csr_matrix:
+        rows = np.flatnonzero(rows) if np.asarray(rows).dtype == bool else np.asarray(rows)
+        return self.table.counts[rows][:, self.genes]
+
+
+@dataclass
+class _Obs:
+    """What scvi-tools reads of an AnnData, and writes to it."""
+
+    obs: pd.DataFrame
+    uns: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.obs.shape
+
+
+class _Registered:
+    """The manager of the data as scvi-tools' comparison sees it: some genes, and a table of cells of its own."""
+
+    def __init__(self, manager: AnnDataManager, obs: pd.DataFrame, counts: _Columns):
+        self.adata = _Obs(obs)
+        self.counts = counts
+        self.get_state_registry = manager.get_state_registry
+
+    def get_from_registry(self, key: str) -> _Columns:
+        """The counts, which is all that is asked for."""
+        return self.counts
+
+
+def _count_statistics(registered: _Registered, cells1: np.ndarray, cells2: np.ndarray) -> dict[str, np.ndarray]:
+    """Means of counts, and of counts per 10,000, and share of cells with a count, of each gene in both groups."""
+    table, genes = registered.counts.table, registered.counts.genes
+    found: dict[str, np.ndarray] = {}
+    for n, cells in enumerate((cells1, cells2), start=1):
+        rows = np.flatnonzero(cells)
+        total, present, relative = np.zeros((3, genes.size))
+        n_cells = np.zeros(genes.size)
+        for start in range(0, rows.size, CHUNK_ROWS):
+            part = rows[start : start + CHUNK_ROWS]
+            counts = registered.counts[part]
+            counts.eliminate_zeros()
+            total += counts.sum(0, dtype=np.float64).A1
+            present += counts.getnnz(0)
+            relative += (1e4 / np.maximum(table.totals[part], 1e-8)) @ counts
+            n_cells += _has_measured(table, part)[:, genes].sum(0)
+        n_cells = np.maximum(n_cells, 1)
+        found |= {f"raw_mean{n}": total / n_cells, f"non_zeros_proportion{n}": present / n_cells}
+        found[f"raw_normalized_mean{n}"] = relative / n_cells
+    return dict(sorted(found.items(), key=lambda entry: ("norm" in entry[0], "non" in entry[0], entry[0])))
+
+
+def _has_measured(table: CellTable, rows: np.ndarray) -> np.ndarray:
+    """Whether each of some cells measured each gene, (n_rows, n_genes)."""
+    if table.measured is None or table.panel is None:
+        return np.ones((rows.size, table.counts.n_genes), dtype=bool)
+    return table.measured[table.panel[rows]]
+
+
+def _measured(table: CellTable, cells: np.ndarray) -> np.ndarray:
+    """Genes that any of the cells measured, (n_genes,)."""
+    return (
+        np.ones(table.counts.n_genes, dtype=bool)
+        if table.measured is None or table.panel is None
+        else table.measured[np.unique(table.panel[cells])].any(0)
+    )
+
+
+def _where_measured(shares: np.ndarray) -> np.ndarray:
+    """Draws of genes, (n_draws, n_genes), with others of the same gene in place of those of cells that did not measure it."""
+    absent = np.isnan(shares)
+    for gene in np.flatnonzero(absent.any(0) & ~absent.all(0)):
+        there = shares[~absent[:, gene], gene]
+        shares[absent[:, gene], gene] = np.random.choice(there, absent[:, gene].sum())  # noqa: NPY002
+    return np.nan_to_num(shares, copy=False)
+
+
+def _with_all_genes(found: pd.DataFrame, names: pd.Index) -> pd.DataFrame:
+    """The result of a comparison with NaN for the genes that were not compared, last."""
+    absent = names.difference(found.index, sort=False)
+    if absent.empty:
+        return found
+    unknown = {"f": np.nan, "b": False}
+    # the rest are names of the comparison
+    values = {name: unknown.get(column.dtype.kind, column.iloc[0]) for name, column in found.items()}
+    return pd.concat([found, pd.DataFrame(values, index=absent)])
+
+
+@contextmanager
+def fixed_numpy_draws() -> Iterator[None]:
+    """The same for NumPy's global generator, which scvi-tools' differential expression draws from."""
+    state = np.random.get_state()  # noqa: NPY002
+    np.random.seed(settings.seed or 0)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        np.random.set_state(state)  # noqa: NPY002
