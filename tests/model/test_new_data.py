@@ -195,3 +195,14 @@ def test_new_cells_without_counts(model):
     empty = AnnData(np.zeros((3, 30), np.float32), obs=model.adata.obs.iloc[:3], var=model.adata.var)
     assert np.isfinite(model.get_latent_representation(empty)).all()
     assert np.isfinite(model.get_normalized_expression(empty).to_numpy()).all()
+
+
+def test_genes_in_another_order_load_without_a_word(dissociated_model, tmp_path):
+    dissociated_model.save(str(tmp_path / "model"))
+    adata = dissociated_model.adata[:, ::-1].copy()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*var_names")
+        again = CellPLM.load(str(tmp_path / "model"), adata=adata, accelerator="cpu")
+    np.testing.assert_allclose(
+        again.get_latent_representation(), dissociated_model.get_latent_representation(), atol=1e-5
+    )

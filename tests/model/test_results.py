@@ -398,3 +398,19 @@ def test_the_setup_is_shown(model, capsys):
     shown = capsys.readouterr().out
     for part in ("batch1", "drop", "sample3", "adata.X"):
         assert part in shown
+
+
+@pytest.mark.parametrize(
+    "method", ["get_elbo", "get_reconstruction_error", "posterior_predictive_sample", "get_likelihood_parameters"]
+)
+def test_no_cell_has_no_mean(model, method):
+    for nobody in ([], np.zeros(model.adata.n_obs, dtype=bool)):
+        with pytest.raises(ValueError, match="indices asks for no cell"):
+            getattr(model, method)(indices=nobody)
+
+
+def test_arguments_are_not_swallowed(model):
+    with pytest.raises(TypeError, match="n_sample"):
+        model.posterior_predictive_sample(n_sample=10)
+    with pytest.raises(TypeError, match="nothing"):
+        model.get_latent_library_size(nothing=1)

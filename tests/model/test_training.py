@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scanpy as sc
 import scvi
 import torch
 from lightning.pytorch import Callback
@@ -301,3 +302,64 @@ def test_a_sharded_training_that_raises_leaves_the_model_as_it_was(clone, models
     assert not training.__exit__(RuntimeError, stopped, None)
     for name, p in model.module.state_dict().items():
         assert torch.equal(p, before[name]), name
+
+
+@pytest.mark.parametrize(
+    "argument", [{"optimizer": "Adam"}, {"reduce_lr_on_plateau": True}, {"lr_scheduler_metric": "elbo_validation"}]
+)
+def test_another_optimiser_is_refused_not_ignored(tissues, build, train, argument):
+    with pytest.raises(ValueError, match=f'plan_kwargs has "{next(iter(argument))}": the optimiser is AdamW'):
+        train(build(tissues), plan_kwargs=argument)
+
+
+def test_the_divergence_rises_by_steps_if_asked_for(tissues, build, train):
+    weights = []
+    for plan in ({"n_steps_kl_warmup": 1000}, {"n_epochs_kl_warmup": 1}):
+        model = build(tissues)
+        train(model, max_epochs=3, plan_kwargs=plan)
+        weights.append(model.trainer.lightning_module.kl_weight)
+    assert 0 < weights[0] < 0.05
+    assert weights[1] == 1
+
+
+@pytest.mark.parametrize("n_samples", [2, 4])
+def test_one_of_few_samples_is_held_out(make_tissues, build, train, n_samples):
+    adata = make_tissues(60, n_samples=n_samples)
+    adata.obs["sample"] = [f"s{n % n_samples}" for n in range(60)]
+    model = train(build(adata), datasplitter_kwargs={"split_by": "samples"}, early_stopping=True)
+    held_out = model.adata.obs["sample"].iloc[model.validation_indices]
+    assert held_out.nunique() == 1
+    assert len(held_out) == (adata.obs["sample"] == held_out.iloc[0]).sum()
+
+
+def test_one_sample_cannot_be_held_out(make_tissues, build, train):
+    adata = make_tissues(60)
+    adata.obs["sample"] = "only"
+    with pytest.raises(ValueError, match=r'there are none. .*split_by="samples" several samples'):
+        train(build(adata), datasplitter_kwargs={"split_by": "samples"}, early_stopping=True)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_batch_sizes_are_positive(dissociated_model, tissues, build, train, batch_size):
+    with pytest.raises(ValueError, match=f"batch_size={batch_size} must be a positive whole number"):
+        train(build(tissues), batch_size=batch_size)
+    for method in ("get_latent_representation", "get_normalized_expression", "get_elbo"):
+        with pytest.raises(ValueError, match=f"batch_size={batch_size} must be a positive whole number"):
+            getattr(dissociated_model, method)(batch_size=batch_size)
+
+
+def test_what_was_changed_since_it_was_set_up_is_noticed(make_tissues, build, train):
+    adata = make_tissues()
+    CellPLM.setup_anndata(adata)
+    sc.pp.log1p(adata)
+    with pytest.raises(ValueError, match="does not hold counts: it looks log-normalised"):
+        CellPLM(adata)
+    model = train(build(make_tissues()))
+    names = model.adata.var_names
+    model.adata.var_names = [f"other{n}" for n in range(len(names))]
+    with pytest.raises(ValueError, match=r'None of the 30 genes .*"other0".*Were var_names changed'):
+        model.get_latent_representation()
+    model.adata.var_names = names
+    sc.pp.log1p(model.adata)
+    with pytest.raises(ValueError, match="changed since its set-up, does not hold counts: it looks log-normalised"):
+        model.get_latent_representation()

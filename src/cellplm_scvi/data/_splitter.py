@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import numpy as np
 from scvi import settings
 
-from ._checks import warn
+from ._checks import check_sizes, warn
 from ._loader import CellLoader, RandomSliceSampler, SpatialInputs, training_loader, whole_sample_loader
 from ._table import CellTable
 
@@ -61,6 +61,7 @@ class SampleSplitter(pl.LightningDataModule):
         **loader_kwargs: Any,
     ):
         super().__init__()
+        check_sizes(batch_size=batch_size)
         self.table = CellTable.from_manager(adata_manager)
         self.spatial = spatial or SpatialInputs()
         self.batch_size = batch_size
@@ -71,7 +72,9 @@ class SampleSplitter(pl.LightningDataModule):
             self.train_idx, self.val_idx, self.test_idx = self._external(external_indexing)
         elif split_by in ("cells", "samples"):
             units = np.arange(self.table.n_cells) if split_by == "cells" else np.unique(self.table.sample)
-            parts = split_units(units, train_size, validation_size, shuffle=shuffle_set_split)
+            parts = split_units(
+                units, train_size, validation_size, shuffle=shuffle_set_split, one=split_by == "samples"
+            )
             rows = np.arange(self.table.n_cells)
             self.train_idx, self.val_idx, self.test_idx = (
                 part if split_by == "cells" else rows[np.isin(self.table.sample, part)] for part in parts
@@ -138,9 +141,17 @@ class SampleSplitter(pl.LightningDataModule):
 
 
 def split_units(
-    units: np.ndarray, train_size: float | None, validation_size: float | None, *, shuffle: bool
+    units: np.ndarray,
+    train_size: float | None,
+    validation_size: float | None,
+    *,
+    shuffle: bool,
+    one: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Training, validation and test part of cells or samples; each sorted."""
+    """Training, validation and test part of cells or samples; each sorted.
+
+    With ``one``, at least one of several units is for validation where a share of them was to be.
+    """
     train = 0.9 if train_size is None else train_size
     if not 0 < train <= 1:
         raise ValueError(f"train_size is {train}; it is a share in (0, 1].")
@@ -150,8 +161,10 @@ def split_units(
             f"train_size ({train}) and validation_size ({validation}) must be shares that sum to at most 1."
         )
     n_train = int(np.ceil(train * units.shape[0]))
+    if one and train < 1 and validation > 0:
+        n_train = max(1, min(n_train, units.shape[0] - 1))
     n_validation = units.shape[0] - n_train if validation_size is None else int(validation * units.shape[0])
-    n_validation = min(n_validation, units.shape[0] - n_train)
+    n_validation = min(max(n_validation, int(one and validation > 0)), units.shape[0] - n_train)
     if shuffle:
         units = np.random.RandomState(settings.seed or 0).permutation(units)
     parts = np.split(units, [n_validation, n_validation + n_train])

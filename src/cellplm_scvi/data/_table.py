@@ -17,11 +17,15 @@ from anndata import AnnData
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import CSCDataset, CSRDataset
 
-from ._checks import CHUNK_ROWS, as_csr, some
+from ._checks import CHUNK_ROWS, as_csr, check_counts, some
 from ._vocabulary import gene_columns
 
 if TYPE_CHECKING:
     from scvi.data import AnnDataManager
+
+
+#: cells whose counts are looked at again whenever data are read
+N_LOOKED_AT = 256
 
 
 class CountRows:
@@ -150,11 +154,21 @@ class CellTable:
         if c.SIZE_FACTOR_KEY in registry:
             size_factor = np.asarray(manager.get_from_registry(c.SIZE_FACTOR_KEY), dtype=np.float32).ravel()
             size_factor = _in_order(manager, c.SIZE_FACTOR_KEY, size_factor)
+        if columns.size and columns.max() < 0:
+            raise ValueError(
+                f"None of the {columns.size:,} genes of this AnnData (such as {some(adata.var_names)}) is among the model's "
+                f"{len(genes):,} (such as {some(genes)}). Were var_names changed after it was set up?"
+            )
         measured, panel = _panels(manager, adata, genes, columns)
+        counts = CountRows(
+            manager.get_from_registry(c.X_KEY), columns, len(genes), measured, panel, _order(manager, c.X_KEY)
+        )
+        # all were looked at when the data were set up; what was transformed since shows in any part
+        check_counts(
+            counts[np.arange(min(adata.n_obs, N_LOOKED_AT))], "The registered matrix, changed since its set-up,"
+        )
         return cls(
-            counts=CountRows(
-                manager.get_from_registry(c.X_KEY), columns, len(genes), measured, panel, _order(manager, c.X_KEY)
-            ),
+            counts=counts,
             covariates={key: registered_codes(manager, key) for key in c.COVARIATES if key in registry},
             sample=registered_codes(manager, c.SAMPLE_KEY),
             names=manager.adata.obs_names.to_numpy(),

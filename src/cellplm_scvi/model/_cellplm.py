@@ -146,6 +146,8 @@ class CellPLM(
         super().__init__(adata, registry)
         if adata is not None:
             self.adata_manager.validate()  # the AnnData may hold the codes of another set-up
+            for field in self.adata_manager.fields:
+                field.validate_field(adata)  # or have been changed since
         elif isinstance(registry, CorpusRegistry):
             self.registry_ = dict(registry)  # a saved model does not depend on where the corpus is
         self._extension = Extension.from_dict(extension)

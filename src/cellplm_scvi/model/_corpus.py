@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NoReturn
 
 from cellplm_scvi.data._streaming import CorpusDataModule
@@ -18,7 +19,10 @@ class CorpusMixin:
         """
         if isinstance(datamodule, CorpusDataModule):  # everything about it is in the registry of the model
             adata, datamodule = False if adata is None else adata, None
-        return super().load(dir_path, adata, *args, datamodule=datamodule, **kwargs)  # type: ignore[misc]
+        with warnings.catch_warnings():
+            # genes are matched by name, in any order, and what does not match is said
+            warnings.filterwarnings("ignore", message=r"`var_names` for the loaded `model` does not match")
+            return super().load(dir_path, adata, *args, datamodule=datamodule, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def setup_annbatch(cls, *args: Any, **kwargs: Any) -> NoReturn:

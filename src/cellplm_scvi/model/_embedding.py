@@ -14,7 +14,7 @@ import torch
 from scvi import settings
 
 from cellplm_scvi._compat import AnnOrMuData
-from cellplm_scvi.data._checks import warn
+from cellplm_scvi.data._checks import check_sizes, warn
 from cellplm_scvi.data._loader import CellDataset, CellLoader, RowSampler, SpatialInputs, whole_sample_loader
 from cellplm_scvi.data._streaming import InferenceLoader
 from cellplm_scvi.data._table import CellTable
@@ -106,6 +106,8 @@ class EmbeddingMixin:
         """
         if self._kept_moments is not None:
             return self._kept_moments[1]
+        if batch_size is not None:
+            check_sizes(batch_size=batch_size)
         self.module.eval()
         n_latent = self.module.latent.mean.out_features
         mean = np.full((table.n_cells, n_latent), np.nan, dtype=np.float32)
@@ -163,6 +165,8 @@ class EmbeddingMixin:
         **data_loader_kwargs: Any,
     ) -> CellLoader:
         """Cells in the order of ``indices`` with their encoder's moments, as scvi-tools' mixins expect them."""
+        if batch_size is not None:
+            check_sizes(batch_size=batch_size)
         table = self._table(adata)
         rows = self._rows(table.n_cells, indices)
         moments = self._moments(table, rows, None)

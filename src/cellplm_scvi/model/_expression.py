@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -21,6 +21,7 @@ from cellplm_scvi.model._embedding import fixed_draws
 if TYPE_CHECKING:
     from sparse import GCXS
 
+    from cellplm_scvi._typing import Minibatch
     from cellplm_scvi.module import CellPLMModule
 
 
@@ -56,7 +57,8 @@ class ExpressionMixin(RNASeqMixin, VAEMixin):
         gene_list
             Genes to return; ``None`` is all that the AnnData shares with the model.
         library_size
-            Counts that the expression of a cell adds up to, over the genes it measured; ``"latent"`` is its own.
+            Counts that the expression of a cell adds up to, over the genes it measured, and with ``size_factor_key`` over those
+            beyond the model too; ``"latent"`` is its own.
         n_samples
             1 decodes the mean of q(z|h); more average over draws.
         n_samples_overall
@@ -164,7 +166,8 @@ class ExpressionMixin(RNASeqMixin, VAEMixin):
         n_samples: int = 1,
         gene_list: Sequence[str] | None = None,
         batch_size: int | None = None,
-        **kwargs: Any,
+        dataloader: Iterable[Minibatch] | None = None,
+        silent: bool = True,
     ) -> GCXS:
         """Draw counts from the posterior predictive distribution, as in scvi-tools.
 
@@ -174,7 +177,7 @@ class ExpressionMixin(RNASeqMixin, VAEMixin):
             As in :meth:`get_normalized_expression`.
         n_samples
             Number of draws.
-        **kwargs
+        dataloader, silent
             Of :meth:`scvi.model.SCVI.posterior_predictive_sample`.
 
         Returns
@@ -182,13 +185,14 @@ class ExpressionMixin(RNASeqMixin, VAEMixin):
         Sparse array (n_cells, n_genes), or (n_cells, n_genes, n_samples) for more than one sample; rows in the order of
         ``indices``, genes in the order of ``adata.var_names``.
         """
-        if kwargs.get("dataloader") is not None:
+        if dataloader is not None:
             with fixed_draws():
                 return super().posterior_predictive_sample(
-                    adata, indices, transform_batch, n_samples, gene_list, batch_size, **kwargs
+                    adata, indices, transform_batch, n_samples, gene_list, batch_size, dataloader, silent
                 )
         import sparse
 
+        _check_some_cells(adata, indices)
         adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
         manager = self.get_anndata_manager(adata, required=True)  # type: ignore[attr-defined]
         genes, _ = self._genes(manager, gene_list)
@@ -245,6 +249,7 @@ class ExpressionMixin(RNASeqMixin, VAEMixin):
         -------
         ``{"mean": (n_cells, n_genes), "dispersions": (n_cells, n_genes)}``, genes in the order of ``adata.var_names``.
         """
+        _check_some_cells(adata, *args, **kwargs)
         adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
         genes, _ = self._genes(self.get_anndata_manager(adata, required=True), None)  # type: ignore[attr-defined]
         with fixed_draws():
@@ -263,6 +268,7 @@ class ExpressionMixin(RNASeqMixin, VAEMixin):
         -------
         Mean over cells, or a tensor (n_cells,) with ``return_mean=False``.
         """
+        _check_some_cells(*args, **kwargs)
         with fixed_draws():
             return super().get_elbo(*args, **kwargs)
 
@@ -278,14 +284,30 @@ class ExpressionMixin(RNASeqMixin, VAEMixin):
         -------
         ``{"reconstruction_loss": mean over cells, or (n_cells,) with return_mean=False}``.
         """
+        _check_some_cells(*args, **kwargs)
         with fixed_draws():
             return super().get_reconstruction_error(*args, **kwargs)
 
     def get_latent_library_size(
-        self, adata: AnnOrMuData | None = None, indices: Sequence[int] | None = None, **_: Any
+        self,
+        adata: AnnOrMuData | None = None,
+        indices: Sequence[int] | None = None,
+        give_mean: bool = True,
+        batch_size: int | None = None,
     ) -> np.ndarray:
-        """Library size of each cell, which this model takes as given, (n_cells,), counts."""
+        """Library size of each cell, which this model takes as given, (n_cells,), counts.
+
+        ``give_mean`` and ``batch_size`` are those of :meth:`scvi.model.SCVI.get_latent_library_size`, and change nothing.
+        """
         adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
         table = self._table(adata)  # type: ignore[attr-defined]
         library = table.totals if table.size_factor is None else table.size_factor
         return library[self._rows(table.n_cells, indices)]  # type: ignore[attr-defined]
+
+
+def _check_some_cells(
+    adata: AnnOrMuData | None = None, indices: Sequence[int] | np.ndarray | None = None, *_: Any, **__: Any
+) -> None:
+    """Raise if rows are asked for and there are none."""
+    if indices is not None and (np.size(indices) == 0 or (np.asarray(indices).dtype == bool and not np.any(indices))):
+        raise ValueError("indices asks for no cell.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -117,7 +117,10 @@ class TrainingMixin:
             max_epochs = default_max_epochs(data.n_train, data.n_batches)
         if isinstance(data, SampleSplitter):
             if early_stopping and data.n_val == 0:
-                raise ValueError("early_stopping watches validation cells; there are none. Use a train_size below 1.")
+                raise ValueError(
+                    "early_stopping watches validation cells; there are none. Use a train_size below 1, and with "
+                    'split_by="samples" several samples.'
+                )
         if self.adata is not None and (new := unknown_categories(self)):  # type: ignore[attr-defined, arg-type]
             warn(
                 f"The model has no contribution of its own for {'; '.join(f'{name} {some(n)}' for name, n in new.items())}: "
@@ -132,7 +135,7 @@ class TrainingMixin:
             n_steps = max_epochs * data.n_batches // trainer_kwargs.get("accumulate_grad_batches", 1)
             if 0 < (limit := trainer_kwargs.get("max_steps", -1)) < n_steps:
                 n_steps = limit
-        plan_kwargs = self._plan_defaults(max_epochs, freeze, n_steps) | (plan_kwargs or {})
+        plan_kwargs = self._plan_defaults(max_epochs, freeze, n_steps, plan_kwargs or {})
         callbacks = list(trainer_kwargs.pop("callbacks", None) or [])
         if isinstance(self.module.latent, MixtureLatent) and not self.is_trained_:  # type: ignore[attr-defined]
             step = None if n_steps is None else n_steps // 3
@@ -159,18 +162,21 @@ class TrainingMixin:
                 **{"gradient_clip_val": 1.0, **trainer_kwargs},
             )()
 
-    def _plan_defaults(self, max_epochs: int, freeze: Freeze | None, n_steps: int | None = None) -> dict[str, Any]:
-        """Arguments of the training plan that depend on what is trained."""
+    def _plan_defaults(
+        self, max_epochs: int, freeze: Freeze | None, n_steps: int | None, given: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Arguments of the training plan: those given, and others that depend on what is trained."""
         defaults: dict[str, Any] = {}
-        if not self.is_trained_ and n_steps is None:  # type: ignore[attr-defined]
-            defaults["n_epochs_kl_warmup"] = max(1, max_epochs // 3)
-        elif not self.is_trained_:  # type: ignore[attr-defined]
-            defaults["n_steps_kl_warmup"] = max(1, n_steps // 3)  # type: ignore[operator]
+        if not self.is_trained_ and not {"n_steps_kl_warmup", "n_epochs_kl_warmup"} & given.keys():  # type: ignore[attr-defined]
+            if n_steps is None:
+                defaults["n_epochs_kl_warmup"] = max(1, max_epochs // 3)
+            else:
+                defaults["n_steps_kl_warmup"] = max(1, n_steps // 3)
         if freeze == "reference":
             defaults["lr"] = CODES_LR
         elif isinstance(self.module, PublishedModule):
             defaults["lr"] = PUBLISHED_LR
-        return defaults
+        return {**defaults, **given}
 
     @contextmanager
     def _history_kept(self) -> Iterator[None]:
@@ -207,7 +213,7 @@ class TrainingMixin:
             train_size=train_size,
             validation_size=validation_size,
             shuffle_set_split=shuffle_set_split,
-            batch_size=batch_size or default_batch_size(n_cells, spatial=self.module.spatial),
+            batch_size=default_batch_size(n_cells, spatial=self.module.spatial) if batch_size is None else batch_size,
             spatial=spatial,
             max_context=self.module.max_context,
             **(datasplitter_kwargs or {}),

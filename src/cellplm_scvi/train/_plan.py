@@ -14,10 +14,19 @@ from scvi.train import TrainingPlan
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from cellplm_scvi.data._checks import some
+
 from ._sharding import shard
 
 if TYPE_CHECKING:
     from cellplm_scvi._typing import Minibatch
+
+
+#: arguments of scvi-tools' plan for an optimiser or a schedule of another kind
+OTHER_OPTIMISER = (
+    *("optimizer", "optimizer_creator", "reduce_lr_on_plateau", "lr_factor", "lr_patience", "lr_threshold"),
+    *("lr_scheduler_metric", "lr_min"),
+)
 
 
 class CellPLMTrainingPlan(TrainingPlan):
@@ -52,7 +61,7 @@ class CellPLMTrainingPlan(TrainingPlan):
     n_epochs_kl_warmup
         Epochs over which the weight of the KL divergence rises from ``min_kl_weight`` to ``max_kl_weight``.
     **kwargs
-        Of :class:`scvi.train.TrainingPlan`.
+        Of :class:`scvi.train.TrainingPlan`, but for those of other optimisers and schedules.
     """
 
     def __init__(
@@ -71,6 +80,11 @@ class CellPLMTrainingPlan(TrainingPlan):
         n_epochs_kl_warmup: int | None = None,
         **kwargs: Any,
     ):
+        if other := [name for name in kwargs if name in OTHER_OPTIMISER]:
+            raise ValueError(
+                f"plan_kwargs has {some(other)}: the optimiser is AdamW, with a rate that rises and falls by step (lr, warmup, "
+                "final_lr, weight_decay, eps). For another one, override configure_optimizers."
+            )
         super().__init__(
             module,
             optimizer="AdamW",
