@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 from typing import Any
 
@@ -17,7 +18,7 @@ from lightning.pytorch import Callback
 from cellplm_scvi import CellPLM
 from cellplm_scvi.cli import PRESETS, embed, main, pretrain
 from cellplm_scvi.cli._embed import NOTE_EVERY
-from cellplm_scvi.data import Corpus, build_corpus
+from cellplm_scvi.data import Corpus, CorpusDataModule, build_corpus
 
 pytest.importorskip("annbatch")
 pytest.importorskip("jsonargparse")
@@ -175,6 +176,60 @@ def test_a_killed_embedding_goes_on(corpus, model, tmp_path, killed_at_random, m
     killed = ad.read_zarr(tmp_path / "killed.zarr")
     np.testing.assert_array_equal(killed.X, whole.X)
     assert killed.obs.equals(whole.obs)
+
+
+@pytest.fixture
+def stopped_embedding(corpus, model, tmp_path, monkeypatch):
+    """Where an embedding was begun that stopped at its fourth minibatch."""
+    monkeypatch.setattr("cellplm_scvi.cli._embed.NOTE_EVERY", 0.0)
+    n_done = []
+
+    def embed_or_stop(tensors: Any) -> torch.Tensor:
+        if len(n_done) == 3:
+            raise RuntimeError("stopped")
+        n_done.append(1)
+        return type(model.module).embed(model.module, tensors)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(model.module, "embed", embed_or_stop)
+        with pytest.raises(RuntimeError, match="stopped"):
+            embed(model, corpus.path, tmp_path / "z.zarr", batch_size=1, progress=False)
+    assert json.loads((tmp_path / "z.zarr.part" / "progress.json").read_text())["done"] == 3
+    return tmp_path / "z.zarr"
+
+
+def another(corpus: Corpus, folder: Any) -> Corpus:
+    """A corpus of the same cells, samples and genes with other counts."""
+    adata = corpus.to_anndata()
+    adata.X = adata.X[::-1].copy()
+    return build_corpus(adata, folder, shard_size=50, progress=False, spatial_key="spatial", **KEYS)
+
+
+def test_an_embedding_of_another_model_or_corpus_does_not_go_on(corpus, model, stopped_embedding, tmp_path):
+    torch.manual_seed(1)
+    other = CellPLM(registry=corpus.registry, **NETWORK)
+    other.is_trained_ = True
+    attention = CellPLM(registry=corpus.registry, **(NETWORK | {"encoder": "softmax"}))
+    attention.module.load_state_dict(model.module.state_dict())
+    for network in (other, attention):
+        with pytest.raises(ValueError, match='begun in another way: model was "checksum .*remove that folder'):
+            embed(network, corpus.path, stopped_embedding, batch_size=1, progress=False)
+    with pytest.raises(ValueError, match='begun in another way: corpus was "checksum [0-9a-f]*", is "checksum [^;]*$'):
+        embed(model, another(corpus, tmp_path / "other"), stopped_embedding, batch_size=1, progress=False)
+    with pytest.raises(ValueError, match="batch_size was 1, is 8"):
+        embed(model, corpus.path, stopped_embedding, batch_size=8, progress=False)
+
+
+def test_an_embedding_goes_on_with_the_model_and_corpus_of_another_place(corpus, model, stopped_embedding, tmp_path):
+    moved = shutil.copytree(corpus.path, tmp_path / "moved")
+    again = CellPLM(registry=corpus.registry, **NETWORK)
+    again.module.load_state_dict(model.module.state_dict())
+    n_embedded = []
+    whole = model.get_latent_representation(dataloader=CorpusDataModule(corpus).inference_dataloader())
+    again.module.embed = lambda tensors: n_embedded.append(1) or model.module.embed(tensors)
+    found = ad.read_zarr(embed(again, moved, stopped_embedding, batch_size=1, progress=False))
+    assert len(n_embedded) == corpus.n_samples - 3
+    np.testing.assert_allclose(found.X, whole, atol=1e-6)
 
 
 def test_the_command(sections, tmp_path, capsys):

@@ -24,6 +24,8 @@ from cellplm_scvi.model import CellPLM
 from cellplm_scvi.model._defaults import default_inference_batch_size
 from cellplm_scvi.model._embedding import fixed_draws
 
+from ._resume import changes, model_checksum
+
 #: seconds between two notes of how far it is
 NOTE_EVERY = 1.0
 #: cells of a chunk of the result
@@ -50,7 +52,8 @@ def embed(
 ) -> Path:
     """Embed every cell of a corpus or of a file, in the company of its sample.
 
-    Memory does not grow with the number of cells. Call it again in the same way to go on after a kill.
+    Memory does not grow with the number of cells. Call it again in the same way to go on after a kill; what another model
+    began, or another corpus, is refused.
 
     Parameters
     ----------
@@ -124,11 +127,21 @@ def _embed_rows(
     units = loader.units()
     note, file = work / "progress.json", work / "embedding.npy"
     shape = (data.corpus.n_cells, network.module.latent.mean.out_features)
-    run = {"n_units": len(units), "batch_size": size, "shape": list(shape)}
+    run = {
+        "model": model_checksum(network),
+        "corpus": data.corpus_checksum,
+        "of": "a file" if by_source else "a corpus",
+    }
+    run |= {"n_units": len(units), "batch_size": size, "shape": list(shape)}
     done = 0
     if note.exists():
-        found = json.loads(note.read_text(encoding="utf-8"))
-        done = found.pop("done") if {k: v for k, v in found.items() if k != "done"} == run else 0
+        begun = json.loads(note.read_text(encoding="utf-8"))
+        if changed := changes(begun, run):
+            raise ValueError(
+                f"{work} holds an embedding that was begun in another way: {changed}. Choose another name, or remove that "
+                "folder first."
+            )
+        done = begun["done"]
     if done == 0:
         np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape).flush()
     result = np.load(file, mmap_mode="r+")

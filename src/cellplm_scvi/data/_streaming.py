@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
+from functools import cached_property
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import lightning.pytorch as pl
@@ -13,7 +16,7 @@ from scvi import settings
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ._checks import check_sizes, some
-from ._corpus import Corpus
+from ._corpus import DONE_FOLDER, MANIFEST, Corpus
 from ._loader import SpatialInputs, _rank
 from ._splitter import MIN_CONTEXT
 from ._stream_cells import CorpusCells, Unit, whole_units
@@ -35,6 +38,16 @@ class Reader(Protocol):
 
     @property
     def _spatial_inputs(self) -> SpatialInputs: ...
+
+
+def corpus_checksum(corpus: Corpus) -> str:
+    """Of what is in a corpus, wherever it lies: genes, categories, samples, and what was written of each shard."""
+    manifest = json.loads((corpus.path / MANIFEST).read_text(encoding="utf-8"))
+    del manifest["request"]  # when and where its sources were
+    digest = blake2b(json.dumps(manifest, sort_keys=True).encode(), digest_size=8)
+    for n in range(corpus.n_shards):
+        digest.update((corpus.path / DONE_FOLDER / f"{n}.json").read_bytes())
+    return f"checksum {digest.hexdigest()}"
 
 
 class CorpusDataModule(pl.LightningDataModule):
@@ -123,6 +136,11 @@ class CorpusDataModule(pl.LightningDataModule):
         """Minibatches of an epoch on each rank."""
         return len(self.plan())
 
+    @cached_property
+    def corpus_checksum(self) -> str:
+        """Of what is in the corpus."""
+        return corpus_checksum(self.corpus)
+
     def _sizes(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         table = self.corpus.samples.iloc[samples]
         return table["start"].to_numpy(), table["n_cells"].to_numpy()
@@ -190,6 +208,7 @@ class CorpusDataModule(pl.LightningDataModule):
         return {
             # Lightning has it too, but loses it when a schedule asks for the number of steps before it is restored
             "place": loader.state_dict() if isinstance(loader, CorpusLoader) else None,
+            "corpus": self.corpus_checksum,
             "n_cells": self.corpus.n_cells,
             "seed": self.seed,
             "batch_size": self.batch_size,
@@ -209,7 +228,9 @@ class CorpusDataModule(pl.LightningDataModule):
             self._resumed = place
         differ = [f"{key} was {state_dict.get(key)}, is {now[key]}" for key in now if state_dict.get(key) != now[key]]
         if differ:
-            raise ValueError(f"The checkpoint is of a run with other minibatches: {'; '.join(differ)[:500]}.")
+            raise ValueError(
+                f"The checkpoint is of a run with another corpus or other minibatches: {'; '.join(differ)[:500]}."
+            )
 
 
 class TrainingStream(IterableDataset):
