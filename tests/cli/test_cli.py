@@ -110,11 +110,61 @@ def test_killed_pretraining_goes_on_in_other_processes(corpus, tmp_path, killed_
     assert_same(weights(whole), weights(killed))
 
 
-def test_other_minibatches_are_refused(corpus, tmp_path):
+@pytest.fixture(scope="module")
+def stopped_run(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
     with pytest.raises(RuntimeError, match="stopped"):
-        pretrain(corpus.path, tmp_path / "run", **RUN, callbacks=[Stop(3)])
-    with pytest.raises(ValueError, match="batch_size was 16, is 32"):
-        pretrain(corpus.path, tmp_path / "run", **(RUN | {"batch_size": 32}))
+        pretrain(corpus.path, folder, **RUN, callbacks=[Stop(3)])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        pytest.param({"batch_size": 32}, "batch_size was 16, is 32", id="minibatches"),
+        pytest.param({"lr": 0.5, "seed": 2}, "lr was null, is 0.5; seed was 0, is 2", id="learning rate and seed"),
+        pytest.param({"plan": {"weight_decay": 1.0}}, 'plan was null, is {"weight_decay": 1.0}', id="plan"),
+        pytest.param(
+            {"model": NETWORK | {"n_hidden": 32}}, "model was {.n_hidden.: 16, .*}, is {.n_hidden.: 32, .*}", id="sizes"
+        ),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_arguments(corpus, stopped_run, change, said):
+    before = (stopped_run / "config.json").read_text()
+    with pytest.raises(ValueError, match=f"begun with other arguments: {said}. Pass them as they were"):
+        pretrain(corpus.path, stopped_run, **(RUN | change))
+    assert (stopped_run / "config.json").read_text() == before
+
+
+def test_a_run_does_not_go_on_with_another_corpus(corpus, stopped_run, tmp_path):
+    before = (stopped_run / "config.json").read_text()
+    with pytest.raises(ValueError, match="another corpus .*: corpus was checksum [0-9a-f]*, is checksum [0-9a-f]*.$"):
+        pretrain(another(corpus, tmp_path / "other").path, stopped_run, **RUN)
+    assert (stopped_run / "config.json").read_text() == before
+
+
+def test_a_run_goes_on_for_longer_and_in_another_way(corpus, stopped_run, tmp_path):
+    """What may change takes effect, and is noted; a corpus may have moved."""
+    folder = shutil.copytree(stopped_run, tmp_path / "run")
+    moved = shutil.copytree(corpus.path, tmp_path / "moved")
+    change = {
+        "max_epochs": 3,
+        "validate_every": 2,
+        "log_every": 2,
+        "num_workers": 1,
+        "trainer": {"gradient_clip_val": 0.5},
+    }
+    longer = pretrain(moved, folder, **(RUN | change))
+    assert longer.trainer.current_epoch == 3
+    assert longer.trainer.gradient_clip_val == 0.5
+    noted = json.loads((folder / "config.json").read_text())
+    assert {name: noted[name] for name in change} == change
+
+
+def test_sizes_of_a_model_to_start_from_cannot_be_changed(corpus, tmp_path):
+    with pytest.raises(ValueError, match="model={'n_hidden': 32} has no effect with start_from"):
+        pretrain(corpus.path, tmp_path / "run", start_from="somewhere", **(RUN | {"model": {"n_hidden": 32}}))
+    assert not (tmp_path / "run").exists()
 
 
 def test_presets_build(corpus):

@@ -131,8 +131,10 @@ def _embed_rows(
         "model": model_checksum(network),
         "corpus": data.corpus_checksum,
         "of": "a file" if by_source else "a corpus",
+        "n_units": len(units),
+        "batch_size": size,
+        "shape": list(shape),
     }
-    run |= {"n_units": len(units), "batch_size": size, "shape": list(shape)}
     done = 0
     if note.exists():
         begun = json.loads(note.read_text(encoding="utf-8"))

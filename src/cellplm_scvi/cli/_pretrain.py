@@ -19,8 +19,15 @@ from cellplm_scvi.model import CellPLM
 from cellplm_scvi.train import SaveTrainingState, StepLog
 
 from ._presets import PRESETS
+from ._resume import changes
 
 CHECKPOINT, MODEL, CONFIG, LOGS = "last.ckpt", "model", "config.json", "logs"
+#: arguments that may be others when a run goes on: where and how fast it runs, how long, and what it notes. The checkpoint
+#: knows the corpus, wherever it lies
+MAY_CHANGE = frozenset(
+    ("corpus", "folder", "max_epochs", "max_steps", "validate_every", "checkpoint_every", "log_every", "precision")
+    + ("compile", "accelerator", "devices", "num_nodes", "strategy", "num_workers", "trainer")
+)
 
 
 def pretrain(
@@ -55,7 +62,8 @@ def pretrain(
 ) -> CellPLM:
     """Pre-train a model on a corpus.
 
-    Call it again in the same way to go on after a kill: on a CPU, the weights end up the same to the bit.
+    Call it again in the same way to go on after a kill: on a CPU, the weights end up the same to the bit. How long the run
+    is, where and how fast it runs, and what it notes may change then; the rest may not.
 
     Parameters
     ----------
@@ -117,12 +125,24 @@ def pretrain(
     Returns
     -------
     The model, which is also in the folder "model" there, for CellPLM.from_pretrained.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds a run with other arguments, or on another corpus.
     """
     folder = Path(folder).expanduser()
     arguments = {name: value for name, value in locals().items() if name not in ("callbacks", "progress")}
     if preset not in PRESETS:
         raise ValueError(f'preset="{preset}" is not one of {some(list(PRESETS), len(PRESETS))}.')
+    if start_from is not None and model:
+        raise ValueError(
+            f"model={model} has no effect with start_from: the sizes are those of {start_from}. Leave one of them out."
+        )
     check_sizes(accumulate=accumulate, checkpoint_every=checkpoint_every, log_every=log_every, max_epochs=max_epochs)
+    checkpoint = folder / CHECKPOINT
+    if checkpoint.exists():
+        _check_unchanged(folder, arguments)
     scvi.settings.seed = seed
     run = PRESETS[preset]["run"]
     data = CorpusDataModule(
@@ -139,10 +159,8 @@ def pretrain(
         network = CellPLM.from_pretrained(start_from, accelerator="cpu")
     if compile:
         network.module.encoder.compile(dynamic=True)
-    _write_config(folder, arguments)
     loggers = _loggers(folder)
     saving = SaveTrainingState(folder / CHECKPOINT, checkpoint_every)
-    checkpoint = folder / CHECKPOINT
     network.train(
         datamodule=data,
         max_epochs=max_epochs,
@@ -156,7 +174,7 @@ def pretrain(
         enable_progress_bar=progress,
         logger=[SimpleLogger(), *loggers],
         log_every_n_steps=log_every,
-        callbacks=[saving, StepLog(loggers, log_every), *(callbacks or [])],
+        callbacks=[_NoteArguments(folder, arguments), saving, StepLog(loggers, log_every), *(callbacks or [])],
         ckpt_path=str(checkpoint) if checkpoint.exists() else None,
         **({} if strategy == "auto" else {"strategy": strategy}),
         **_validation(data, network, validate_every),
@@ -178,10 +196,37 @@ def _validation(data: CorpusDataModule, network: CellPLM, every: int | None) -> 
     return {"check_val_every_n_epoch": 1, "val_check_interval": every}
 
 
-@rank_zero_only
-def _write_config(folder: Path, arguments: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(json.dumps(arguments, indent=1, default=str) + "\n", encoding="utf-8")
+def _check_unchanged(folder: Path, arguments: dict[str, Any]) -> None:
+    """Raise if the run there was begun with other arguments, of those that decide what is trained."""
+    file = folder / CONFIG
+    if not file.exists():
+        return
+    begun = json.loads(file.read_text(encoding="utf-8"))
+    fixed = {name: value for name, value in _as_json(arguments).items() if name in begun and name not in MAY_CHANGE}
+    if changed := changes(begun, fixed):
+        raise ValueError(
+            f"{folder} holds a run that was begun with other arguments: {changed}. Pass them as they were to go on, or "
+            "choose another folder."
+        )
+
+
+def _as_json(arguments: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(arguments, default=str))
+
+
+class _NoteArguments(Callback):
+    """Writes ``config.json`` once training starts: by then, a checkpoint that does not fit has been refused."""
+
+    def __init__(self, folder: Path, arguments: dict[str, Any]):
+        self.file, self.arguments = folder / CONFIG, _as_json(arguments)
+
+    @rank_zero_only
+    def on_train_start(self, *_: Any) -> None:
+        """Write it in one move."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        new = self.file.with_name(f"{CONFIG}.new")
+        new.write_text(json.dumps(self.arguments, indent=1) + "\n", encoding="utf-8")
+        new.replace(self.file)
 
 
 def _loggers(folder: Path) -> list[Any]:
