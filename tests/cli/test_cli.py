@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import socket
 from typing import Any
@@ -280,6 +281,38 @@ def test_an_embedding_goes_on_with_the_model_and_corpus_of_another_place(corpus,
     found = ad.read_zarr(embed(again, moved, stopped_embedding, batch_size=1, progress=False))
     assert len(n_embedded) == corpus.n_samples - 3
     np.testing.assert_allclose(found.X, whole, atol=1e-6)
+
+
+def test_what_a_model_misses_in_a_file_is_said(model, sections, tmp_path, recwarn):
+    few = sections[:, :20].copy()
+    few.var_names = [*few.var_names[:10], *(f"other{n}" for n in range(10))]
+    few.write_h5ad(tmp_path / "few.h5ad")
+    recwarn.clear()
+    embed(model, tmp_path / "few.h5ad", tmp_path / "z.zarr", progress=False)
+    text = " ".join(str(warning.message) for warning in recwarn)
+    for part in (
+        "10 of the 20 genes of .*few.h5ad are unknown to the model",
+        "20 of the model's 30 genes are not in the corpus .*results may be poor",
+        r'has not seen 1 of the 1 batch categories of the corpus \("few"\): their cells get the mean batch code',
+        "The corpus has no coordinates",
+        "few.h5ad is treated as one sample",
+    ):
+        assert re.search(part, text), part
+
+
+def test_a_file_that_a_model_cannot_use_is_refused_before_it_is_read(model, make_tissues, tmp_path):
+    adata = make_tissues(spatial=True, n_dims=3)
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    with pytest.raises(ValueError, match=r'obsm\["spatial"\] has 3 columns; the model was set up with 2'):
+        embed(model, tmp_path / "a.h5ad", tmp_path / "z.zarr", sample_key="sample", spatial_key="spatial")
+    adata.obs["library"] = 2 * np.asarray(adata.X.sum(1)).ravel()
+    CellPLM.setup_anndata(adata, sample_key="sample", size_factor_key="library")
+    scaled = CellPLM(adata, **NETWORK)
+    with pytest.raises(ValueError, match="set up with library sizes. Pass size_factor_key"):
+        embed(scaled, tmp_path / "a.h5ad", tmp_path / "z.zarr", sample_key="sample")
+    corpus = build_corpus(adata, tmp_path / "corpus", progress=False, **KEYS)
+    with pytest.raises(ValueError, match="set up with library sizes .* Build the corpus with size_factor_key"):
+        embed(scaled, corpus, tmp_path / "y.zarr")
 
 
 def test_the_command(sections, tmp_path, capsys):

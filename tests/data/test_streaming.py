@@ -224,6 +224,30 @@ def test_a_model_with_other_genes_and_batches_reads_a_corpus(corpus, sections):
     assert set(batch["batch"].tolist()) == {0, 2}, "known, and past the end of the table"
 
 
+def test_a_trained_model_says_once_what_it_does_not_know_of_a_corpus(corpus, dissociated, sections, recwarn):
+    known = sections[:, 5:].copy()
+    known.obs["batch"] = known.obs["batch"].astype(str) + "-new"
+    known.var_names = [*known.var_names[:-2], "other1", "other2"]
+    CellPLM.setup_anndata(known, batch_key="batch", platform_key="platform", sample_key="sample", spatial_key="spatial")
+    model = CellPLM(known, **TINY)
+    recwarn.clear()
+    data = CorpusDataModule(dissociated, validation=0.0)
+    data.serve(model)
+    own = CorpusDataModule(corpus, validation=0.0)
+    own.serve(model_of(corpus))
+    assert not recwarn, "an untrained model has nothing to miss, nor does one of this corpus"
+    model.is_trained_ = True
+    data = CorpusDataModule(dissociated, validation=0.0)
+    for _ in range(2):
+        data.serve(model)
+    said = [str(warning.message) for warning in recwarn]
+    assert len(said) == 3
+    assert said[0].startswith("2 of the model's 25 genes are not in the corpus")
+    assert "7 of its genes are unknown to the model" in said[0]
+    assert said[1].startswith("The model has not seen 2 of the 2 batch categories of the corpus")
+    assert said[2].startswith("The corpus has no coordinates")
+
+
 def test_train_save_and_load(corpus, tmp_path):
     model = CellPLM(registry=corpus.registry, **TINY)
     data = CorpusDataModule(corpus, batch_size=24, validation=["sample1"])

@@ -15,10 +15,12 @@ import torch
 from tqdm.auto import tqdm
 
 from cellplm_scvi import _constants as c
+from cellplm_scvi.data._checks import some, warn
 from cellplm_scvi.data._corpus import MANIFEST, Corpus
 from cellplm_scvi.data._corpus_build import build_corpus
-from cellplm_scvi.data._corpus_source import Source
+from cellplm_scvi.data._corpus_source import Source, named_sources, opened
 from cellplm_scvi.data._streaming import CorpusDataModule
+from cellplm_scvi.data._vocabulary import match_genes
 from cellplm_scvi.genes._tables import Organism
 from cellplm_scvi.model import CellPLM
 from cellplm_scvi.model._defaults import default_inference_batch_size
@@ -94,21 +96,21 @@ def embed(
     out = Path(out).expanduser()
     if out.exists():
         raise FileExistsError(f"{out} exists. Choose another name, or remove it first.")
+    keys: dict[str, Any] = {"layer": layer, "batch_key": batch_key, "sample_key": sample_key}
+    keys |= {"spatial_key": spatial_key, "size_factor_key": size_factor_key, "organism": organism}
+    is_corpus = isinstance(source, Corpus) or (Path(source) / MANIFEST).exists()
+    file = None if is_corpus else named_sources(Source(source, **keys), {})[0]  # type: ignore[arg-type]
     network = model if isinstance(model, CellPLM) else _loaded(model, accelerator, device)
     work = out.with_name(f"{out.name}.part")
     work.mkdir(parents=True, exist_ok=True)
-    given = isinstance(source, Corpus) or (Path(source) / MANIFEST).exists()
-    if given:
-        corpus = source if isinstance(source, Corpus) else Corpus(source)
-    else:
-        genes = list(network.registry_["field_registries"][c.X_KEY]["state_registry"]["column_names"])
-        keys = {"layer": layer, "batch_key": batch_key, "sample_key": sample_key, "spatial_key": spatial_key}
-        keys |= {"size_factor_key": size_factor_key, "organism": organism}
-        file = Source(source, **keys)  # type: ignore[arg-type]
+    if file is not None:
+        genes = _check_file(network, file)
         corpus = build_corpus(file, work / "corpus", genes=genes, progress=progress)
+    else:
+        corpus = source if isinstance(source, Corpus) else Corpus(source)  # type: ignore[arg-type]
     data = CorpusDataModule(corpus, validation=0.0, num_workers=num_workers)
-    _embed_rows(network, data, work, batch_size, progress, by_source=not given)
-    _write_result(corpus, work, by_source=not given)
+    _embed_rows(network, data, work, batch_size, progress, by_source=not is_corpus)
+    _write_result(corpus, work, by_source=not is_corpus)
     (work / "out").replace(out)
     shutil.rmtree(work)
     return out
@@ -116,6 +118,32 @@ def embed(
 
 def _loaded(path: str | Path, accelerator: str, device: int | str) -> CellPLM:
     return CellPLM.from_pretrained(path, accelerator=accelerator, device=device)
+
+
+def _check_file(network: CellPLM, file: Source) -> list[str]:
+    """Genes of the model; say what it misses in the file, or raise, before any of it is read."""
+    fields = network.registry_["field_registries"]
+    known = pd.Index(fields[c.X_KEY]["state_registry"]["column_names"])
+    with opened(file) as cells:
+        if c.SIZE_FACTOR_KEY in fields and cells.size_factor is None:
+            raise ValueError(
+                "the model was set up with library sizes. Pass size_factor_key, the column of obs with those of the file: "
+                "counts over some genes cannot be scaled without them."
+            )
+        n_dims = None if cells.coordinates is None else cells.coordinates.shape[1]
+        expected = fields[c.COORDINATES_KEY]["state_registry"]["n_dims"] if c.COORDINATES_KEY in fields else n_dims
+        if n_dims is not None and n_dims != expected:
+            raise ValueError(f'obsm["{file.spatial_key}"] has {n_dims} columns; the model was set up with {expected}.')
+        unknown = cells.genes[match_genes(known, cells.genes, file.organism).columns < 0]
+        if 0 < len(unknown) < len(cells.genes):
+            warn(
+                f"{len(unknown):,} of the {len(cells.genes):,} genes of {file.data} are unknown to the model "
+                f"({some(unknown)}) and are not used."
+            )
+    setup = network.registry_["setup_args"]
+    if file.sample_key is file.batch_key is None and (setup.get("sample_key") or setup.get("batch_key")):
+        warn(f"Neither sample_key nor batch_key says which sample a cell is of: {file.data} is treated as one sample.")
+    return list(known)
 
 
 def _embed_rows(

@@ -60,20 +60,20 @@ class CountsField(LayerField):
         return {**state, MATCH_KEY: report_match(genes, adata_target.var_names, counts, organism)}
 
 
-def report_genes(known: pd.Index, given: pd.Index) -> None:
+def report_genes(known: pd.Index, given: pd.Index, where: str = "this AnnData") -> None:
     """Say how the genes of new data match those of the model; raise if none does."""
     n_shared = int(known.isin(given).sum())
     if n_shared == 0:
         raise ValueError(
-            f"None of the model's {len(known):,} genes (such as {some(known)}) is among the {len(given):,} genes of this "
-            f"AnnData (such as {some(given)}). Use the same kind of gene identifiers in var_names."
+            f"None of the model's {len(known):,} genes (such as {some(known)}) is among the {len(given):,} genes of "
+            f"{where} (such as {some(given)}). Use the same kind of gene identifiers in var_names."
         )
     parts = []
     if n_shared < len(known):
         absent = known[~known.isin(given)]
         parts.append(
-            f"{len(absent):,} of the model's {len(known):,} genes are not in this AnnData ({some(absent)}) and count as "
-            "not measured"
+            f"{len(absent):,} of the model's {len(known):,} genes are not in {where} ({some(absent)}) and count as not "
+            "measured"
         )
     if n_shared < len(given):
         unknown = given[~given.isin(known)]

@@ -13,9 +13,10 @@ import scipy.sparse as sp
 
 from cellplm_scvi import _constants as c
 
+from ._checks import some, warn
 from ._contexts import NearestCells, nearest_cells, rows_by_sample, whole_contexts
 from ._corpus import Corpus
-from ._fields import CovariateField
+from ._fields import CovariateField, report_genes
 from ._loader import CellDataset, MinibatchRows, SpatialInputs
 from ._stream_plan import Runs, preloads
 from ._table import CellTable, CountRows
@@ -53,6 +54,11 @@ class CorpusCells:
         if n_dims and self.corpus.n_dims not in (0, n_dims):
             raise ValueError(
                 f"The corpus has coordinates in {self.corpus.n_dims} dimensions; the model was set up with {n_dims}."
+            )
+        if c.SIZE_FACTOR_KEY in self.fields and not self.corpus.has_size_factor:
+            raise ValueError(
+                "The model was set up with library sizes (size_factor_key), which the corpus does not have: counts over some "
+                "genes cannot be scaled without them. Build the corpus with size_factor_key."
             )
         self.n_dims: int = n_dims
 
@@ -105,6 +111,30 @@ class CorpusCells:
         measured = np.zeros((panels.shape[0], self.n_genes), dtype=bool)
         measured[:, self.columns[known]] = panels[:, known]
         return None if measured.all() else measured
+
+    def report(self) -> None:
+        """Say what of the corpus a trained model does not know, and what it misses there; as for a new AnnData."""
+        known = pd.Index(self.fields[c.X_KEY]["state_registry"]["column_names"])
+        panels = self.corpus.panels
+        held = np.ones(self.corpus.n_genes, dtype=bool) if panels is None else panels.any(0)
+        own, foreign = held & (self.columns >= 0), held & (self.columns < 0)
+        report_genes(known, known[self.columns[own]].append(self.corpus.genes[foreign]), "the corpus")
+        for name, codes in self.codes.items():
+            state = self.fields[name]["state_registry"]
+            n_known = state[CovariateField.N_KNOWN_KEY]
+            if n_known < 2 or state.get(UNNAMED_KEY):
+                continue  # there is one contribution for all, or no name to go by
+            names = np.asarray(self.corpus.categories[name], dtype=object)
+            unseen = names[codes[:-1] == n_known]
+            if names.size == 0:
+                warn(f"The corpus has no {name}: its cells get the mean {name} code.")
+            elif unseen.size:
+                warn(
+                    f"The model has not seen {len(unseen):,} of the {len(names):,} {name} categories of the corpus "
+                    f"({some(unseen)}): their cells get the mean {name} code."
+                )
+        if self.n_dims and not self.corpus.n_dims:
+            warn("The corpus has no coordinates (spatial_key): its cells have no position.")
 
     def table(self, rows: np.ndarray, counts: Any, sample: np.ndarray | None = None) -> CellTable:
         """The cells in these rows of the corpus, (n_cells,), with their counts, (n_cells, n_corpus_genes).

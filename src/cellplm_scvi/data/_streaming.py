@@ -35,6 +35,7 @@ class Reader(Protocol):
 
     registry_: dict[str, Any]
     module: Any
+    is_trained_: bool
 
     @property
     def _spatial_inputs(self) -> SpatialInputs: ...
@@ -146,8 +147,14 @@ class CorpusDataModule(pl.LightningDataModule):
         return table["start"].to_numpy(), table["n_cells"].to_numpy()
 
     def serve(self, model: Reader) -> None:
-        """Make minibatches for a model: its genes, codes and positions. Training and inference call it."""
-        self._cells = CorpusCells(self.corpus, model.registry_["field_registries"], model._spatial_inputs)
+        """Make minibatches for a model: its genes, codes and positions. Training and inference call it.
+
+        Of a trained model, a warning says what of the corpus it does not know, or misses.
+        """
+        before, fields = self._cells, model.registry_["field_registries"]
+        self._cells = CorpusCells(self.corpus, fields, model._spatial_inputs)
+        if model.is_trained_ and (before is None or before.fields is not fields):
+            self._cells.report()
         self.max_context = model.module.max_context
         self._spatial = bool(model.module.spatial or model.module.absolute_position)
 
