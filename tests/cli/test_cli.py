@@ -330,6 +330,55 @@ def test_the_command(sections, tmp_path, capsys):
     assert ad.read_zarr(tmp_path / "z.zarr").shape == (90, 4)
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        pytest.param("corpus info nowhere", "nowhere holds no corpus", id="no corpus"),
+        pytest.param("corpus build c nowhere.h5ad", "nowhere.h5ad does not exist", id="no file"),
+        pytest.param("corpus build c a.h5ad --batch_key donor", 'Source "a": batch_key="donor" is not', id="no column"),
+        pytest.param("corpus build c a.h5ad --genes g.txt", "There is no file g.txt of genes", id="no vocabulary"),
+        pytest.param("pretrain --corpus nowhere --folder run", "nowhere holds no corpus", id="no corpus to train on"),
+        pytest.param("pretrain --corpus c --folder run --preset huge", 'preset="huge" is not one of', id="no preset"),
+        pytest.param("pretrain --corpus corpus --folder run --start_from ./mode", 'no folder "./mode"', id="no start"),
+        pytest.param("embed ./mode a.h5ad z.zarr", 'There is no folder "./mode"', id="no model"),
+        pytest.param("embed kept/modl a.h5ad z.zarr", 'There is no folder "kept/modl"', id="no model, but its parent"),
+        pytest.param("embed model nowhere.h5ad z.zarr", "nowhere.h5ad does not exist", id="no file to embed"),
+        pytest.param("embed model a.h5ad z.zarr --sample_key donor", 'sample_key="donor" is not', id="no sample"),
+        pytest.param("embed model fractions.h5ad z.zarr", "X does not hold counts", id="no counts"),
+        pytest.param("embed model a.h5ad kept", "kept exists", id="result exists"),
+    ],
+)
+def test_a_mistake_is_said_in_a_line_and_leaves_nothing(
+    corpus, model, sections, tmp_path, capsys, monkeypatch, command, said
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(corpus.path, "corpus")
+    os.mkdir("kept")
+    model.save_pretrained("model")
+    sections.write_h5ad("a.h5ad")
+    half = sections.copy()
+    half.X = half.X / 2
+    half.write_h5ad("fractions.h5ad")
+    with pytest.raises(SystemExit) as stopped:
+        main(command.split())
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("cellplm: error: ")
+    assert said in last
+    assert last[len("cellplm: error: ")] not in "'\"", "the repr of a message"
+    assert {path.name for path in tmp_path.iterdir()} - {"c"} == {"corpus", "kept", "model", "a.h5ad", "fractions.h5ad"}
+
+
+def test_an_error_that_is_no_mistake_keeps_its_traceback(monkeypatch):
+    def broken(path: str) -> None:
+        """Break."""
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr("cellplm_scvi.cli._main.info", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        main(["corpus", "info", "somewhere"])
+
+
 class Losses(Callback):
     """Keeps the loss of each minibatch, the mean over ranks."""
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,11 @@ from cellplm_scvi.model import CellPLM
 from cellplm_scvi.model._defaults import default_inference_batch_size
 from cellplm_scvi.model._embedding import fixed_draws
 
+from ._load import load_model
 from ._resume import changes, model_checksum
 
+#: in the folder of a run: how far it is, and the corpus of a file
+NOTE, CORPUS = "progress.json", "corpus"
 #: seconds between two notes of how far it is
 NOTE_EVERY = 1.0
 #: cells of a chunk of the result
@@ -98,26 +102,42 @@ def embed(
         raise FileExistsError(f"{out} exists. Choose another name, or remove it first.")
     keys: dict[str, Any] = {"layer": layer, "batch_key": batch_key, "sample_key": sample_key}
     keys |= {"spatial_key": spatial_key, "size_factor_key": size_factor_key, "organism": organism}
-    is_corpus = isinstance(source, Corpus) or (Path(source) / MANIFEST).exists()
-    file = None if is_corpus else named_sources(Source(source, **keys), {})[0]  # type: ignore[arg-type]
-    network = model if isinstance(model, CellPLM) else _loaded(model, accelerator, device)
+    given = _given(source, keys)
+    network = model if isinstance(model, CellPLM) else load_model(model, accelerator=accelerator, device=device)
+    by_source = isinstance(given, Source)
+    genes = _check_file(network, given) if isinstance(given, Source) else None
     work = out.with_name(f"{out.name}.part")
-    work.mkdir(parents=True, exist_ok=True)
-    if file is not None:
-        genes = _check_file(network, file)
-        corpus = build_corpus(file, work / "corpus", genes=genes, progress=progress)
-    else:
-        corpus = source if isinstance(source, Corpus) else Corpus(source)  # type: ignore[arg-type]
-    data = CorpusDataModule(corpus, validation=0.0, num_workers=num_workers)
-    _embed_rows(network, data, work, batch_size, progress, by_source=not is_corpus)
-    _write_result(corpus, work, by_source=not is_corpus)
-    (work / "out").replace(out)
+    with _work_folder(work):
+        corpus = given
+        if isinstance(corpus, Source):
+            corpus = build_corpus(corpus, work / CORPUS, genes=genes, progress=progress)
+        data = CorpusDataModule(corpus, validation=0.0, num_workers=num_workers)
+        _embed_rows(network, data, work, batch_size, progress, by_source=by_source)
+        _write_result(corpus, work, by_source=by_source)
+        (work / "out").replace(out)
     shutil.rmtree(work)
     return out
 
 
-def _loaded(path: str | Path, accelerator: str, device: int | str) -> CellPLM:
-    return CellPLM.from_pretrained(path, accelerator=accelerator, device=device)
+def _given(source: str | Path | Corpus, keys: dict[str, Any]) -> Corpus | Source:
+    """The corpus that is there, or else the file."""
+    if isinstance(source, Corpus):
+        return source
+    if (Path(source) / MANIFEST).exists():
+        return Corpus(source)
+    return named_sources(Source(source, **keys), {})[0]
+
+
+@contextmanager
+def _work_folder(work: Path) -> Iterator[None]:
+    """A folder that stays if something fails, unless there is nothing in it to go on with."""
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if not (work / NOTE).exists() and not (work / CORPUS / MANIFEST).exists():
+            shutil.rmtree(work)
+        raise
 
 
 def _check_file(network: CellPLM, file: Source) -> list[str]:
@@ -153,7 +173,7 @@ def _embed_rows(
     size = batch_size or default_inference_batch_size(network.module.n_hidden, network.module.device.type)
     loader = data.inference_dataloader(batch_size=size).serve(network)
     units = loader.units()
-    note, file = work / "progress.json", work / "embedding.npy"
+    note, file = work / NOTE, work / "embedding.npy"
     shape = (data.corpus.n_cells, network.module.latent.mean.out_features)
     run = {
         "model": model_checksum(network),
@@ -186,7 +206,7 @@ def _embed_rows(
             bar.update(rows.shape[0])
             if time.perf_counter() - noted > NOTE_EVERY or n == len(units):
                 result.flush()  # before the note: what is noted is on disk
-                new = work / "progress.json.new"
+                new = work / f"{NOTE}.new"
                 new.write_text(json.dumps(run | {"done": n}), encoding="utf-8")
                 new.replace(note)
                 # a file that is mapped anew does not count as memory of this process

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from cellplm_scvi.genes._tables import Organism
 
 from ._embed import embed
 from ._pretrain import pretrain
+
+#: kinds of errors whose message says what to mend; others keep their traceback
+USER_ERRORS = (OSError, KeyError, ValueError, TypeError, ImportError)
 
 
 def build(
@@ -60,6 +64,8 @@ def build(
     shard_size
         Cells of a shard.
     """
+    if genes is not None and not Path(genes).is_file():
+        raise FileNotFoundError(f"There is no file {genes} of genes. It holds the vocabulary, a gene a line.")
     vocabulary = None if genes is None else Path(genes).read_text(encoding="utf-8").split()
     corpus = build_corpus(
         sources,
@@ -100,9 +106,7 @@ def info(path: str, verify: bool = True) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command."""
-    import sys
-
+    """Run the command; what is wrong with what the user gave is said in a line, with exit code 2."""
     try:
         from jsonargparse import ArgumentParser
     except ImportError:
@@ -129,7 +133,13 @@ def main(args: Sequence[str] | None = None) -> None:
         chosen = chosen[chosen.action]
     arguments = chosen.as_dict()
     arguments.pop("config", None)
-    function(**arguments)
+    try:
+        function(**arguments)
+    except USER_ERRORS as error:
+        # the text of a KeyError is the repr of its message
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"cellplm: error: {message}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def _parser(parser_class: Any, function: Any, *, as_positional: bool = False, skip: set[str] | None = None) -> Any:

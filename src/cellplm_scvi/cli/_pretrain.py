@@ -18,6 +18,7 @@ from cellplm_scvi.data._streaming import CorpusDataModule
 from cellplm_scvi.model import CellPLM
 from cellplm_scvi.train import SaveTrainingState, StepLog
 
+from ._load import load_model
 from ._presets import PRESETS
 from ._resume import changes
 
@@ -156,7 +157,7 @@ def pretrain(
     if start_from is None:
         network = CellPLM(registry=data.registry, **(PRESETS[preset]["model"] | (model or {})))
     else:
-        network = CellPLM.from_pretrained(start_from, accelerator="cpu")
+        network = load_model(start_from, accelerator="cpu")
     if compile:
         network.module.encoder.compile(dynamic=True)
     loggers = _loggers(folder)
