@@ -168,6 +168,41 @@ def test_sizes_of_a_model_to_start_from_cannot_be_changed(corpus, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+class Validations(Callback):
+    """Notes after how many minibatches there was one."""
+
+    def __init__(self) -> None:
+        self.after: list[int] = []
+        self.n_batches = 0
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.n_batches += 1
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        if not trainer.sanity_checking:
+            self.after.append(self.n_batches)
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "every", "after"),
+    [
+        pytest.param(1, 4, [4, 9], id="within an epoch of 5"),
+        pytest.param(3, 4, [3, 6], id="accumulation leaves an epoch of 3"),
+        pytest.param(1, 10, [10], id="two epochs"),
+        pytest.param(1, None, [5, 10], id="every epoch"),
+    ],
+)
+def test_validation_comes_after_so_many_minibatches(make_tissues, tmp_path, accumulate, every, after):
+    """Five contexts to train on: a minibatch each, of which three in a row make a step."""
+    sources = {f"s{n}": make_tissues(n_cells=12, n_samples=1, seed=n) for n in range(6)}
+    corpus = build_corpus(sources, tmp_path / "corpus", progress=False)
+    change = {"validation": ["s0"], "batch_size": 12, "context_size": 12, "accumulate": accumulate}
+    validations = Validations()
+    model = pretrain(corpus.path, tmp_path / "run", **(RUN | change), validate_every=every, callbacks=[validations])
+    assert validations.n_batches == 2 * model.trainer.datamodule.n_batches
+    assert validations.after == after
+
+
 def test_presets_build(corpus):
     for name, preset in PRESETS.items():
         with torch.device("meta"):

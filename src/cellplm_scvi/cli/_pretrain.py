@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import scvi
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.tensorboard import _TENSORBOARD_AVAILABLE
@@ -141,6 +142,7 @@ def pretrain(
             f"model={model} has no effect with start_from: the sizes are those of {start_from}. Leave one of them out."
         )
     check_sizes(accumulate=accumulate, checkpoint_every=checkpoint_every, log_every=log_every, max_epochs=max_epochs)
+    check_sizes(**({} if validate_every is None else {"validate_every": validate_every}))
     checkpoint = folder / CHECKPOINT
     if checkpoint.exists():
         _check_unchanged(folder, arguments)
@@ -162,6 +164,9 @@ def pretrain(
         network.module.encoder.compile(dynamic=True)
     loggers = _loggers(folder)
     saving = SaveTrainingState(folder / CHECKPOINT, checkpoint_every)
+    ours: list[Callback] = [_NoteArguments(folder, arguments), saving, StepLog(loggers, log_every)]
+    if validate_every is not None and data.val_samples.size:
+        ours.append(_ValidateEvery(validate_every))
     network.train(
         datamodule=data,
         max_epochs=max_epochs,
@@ -175,10 +180,10 @@ def pretrain(
         enable_progress_bar=progress,
         logger=[SimpleLogger(), *loggers],
         log_every_n_steps=log_every,
-        callbacks=[_NoteArguments(folder, arguments), saving, StepLog(loggers, log_every), *(callbacks or [])],
+        callbacks=[*ours, *(callbacks or [])],
         ckpt_path=str(checkpoint) if checkpoint.exists() else None,
         **({} if strategy == "auto" else {"strategy": strategy}),
-        **_validation(data, network, validate_every),
+        **({"check_val_every_n_epoch": 1} if data.val_samples.size else {}),
         **(trainer or {}),
     )
     saving.save(network.trainer)
@@ -187,14 +192,22 @@ def pretrain(
     return network
 
 
-def _validation(data: CorpusDataModule, network: CellPLM, every: int | None) -> dict[str, Any]:
-    """Arguments of the trainer that validate after so many minibatches, or by epochs where these are shorter."""
-    if data.val_samples.size == 0:
-        return {}
-    data.serve(network)
-    if every is None or every >= data.n_batches:
-        return {"check_val_every_n_epoch": max(1, round((every or 0) / data.n_batches))}
-    return {"check_val_every_n_epoch": 1, "val_check_interval": every}
+class _ValidateEvery(Callback):
+    """Validates after so many minibatches, or by epochs where these are shorter.
+
+    How many minibatches an epoch has is known once the ranks are.
+    """
+
+    def __init__(self, n_batches: int):
+        self.n_batches = n_batches
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Set it before the trainer counts the minibatches."""
+        n_epoch = trainer.datamodule.n_batches  # type: ignore[attr-defined]
+        if self.n_batches < n_epoch:
+            trainer.val_check_interval = self.n_batches
+        else:
+            trainer.check_val_every_n_epoch = max(1, round(self.n_batches / n_epoch))
 
 
 def _check_unchanged(folder: Path, arguments: dict[str, Any]) -> None:
