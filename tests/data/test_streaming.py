@@ -244,7 +244,7 @@ def test_a_trained_model_says_once_what_it_does_not_know_of_a_corpus(corpus, dis
     assert len(said) == 3
     assert said[0].startswith("2 of the model's 25 genes are not in the corpus")
     assert "7 of its genes are unknown to the model" in said[0]
-    assert said[1].startswith("The model has not seen 2 of the 2 batch categories of the corpus")
+    assert said[1].startswith("The corpus has 2 batch categories that the model has not seen")
     assert said[2].startswith("The corpus has no coordinates")
 
 

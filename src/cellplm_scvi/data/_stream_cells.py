@@ -130,8 +130,8 @@ class CorpusCells:
                 warn(f"The corpus has no {name}: its cells get the mean {name} code.")
             elif unseen.size:
                 warn(
-                    f"The model has not seen {len(unseen):,} of the {len(names):,} {name} categories of the corpus "
-                    f"({some(unseen)}): their cells get the mean {name} code."
+                    f"The corpus has {len(unseen):,} {name} categor{'y' if len(unseen) == 1 else 'ies'} that the model has not "
+                    f"seen ({some(unseen)}): their cells get the mean {name} code."
                 )
         if self.n_dims and not self.corpus.n_dims:
             warn("The corpus has no coordinates (spatial_key): its cells have no position.")
