@@ -82,6 +82,19 @@ def test_genes_are_matched_by_meaning(tmp_path, make_tissues):
     assert set(corpus.samples["source"]) == {"a", "b"}
 
 
+def test_a_mouse_data_set_takes_no_counts_from_a_human_one(tmp_path, make_tissues):
+    human, mouse = make_tissues(n_genes=3), make_tissues(n_genes=3, seed=1)
+    human.var_names = ["CCL3", "TP53", "CD3E"]
+    mouse.var_names = ["Ccl3", "Trp53", "made-up"]  # the orthologue of Ccl3 is not certain
+    sources = {"human": human, "mouse": Source(mouse, organism="mouse")}
+    corpus = build_corpus(sources, tmp_path / "c", progress=False, sample_key="sample")
+    assert list(corpus.genes) == ["ENSG00000277632", "ENSG00000141510", "ENSG00000198851", "Ccl3", "made-up"]
+    found = corpus.to_anndata()
+    for name, given, columns in (("human", human, [0, 1, 2]), ("mouse", mouse, [3, 1, 4])):
+        cells = found[found.obs["dataset"] == name]
+        np.testing.assert_array_equal(cells.X[:, columns].toarray(), given[cells.obs_names].X.toarray())
+
+
 def test_a_given_vocabulary_leaves_genes_out_and_keeps_the_library(tmp_path, tissues):
     genes = ["gene3", "gene1", "absent"]
     with pytest.warns(UserWarning, match="of the counts of source"):

@@ -100,14 +100,21 @@ def _match(vocabulary: tuple[str, ...], given: tuple[str, ...], organism: str) -
 
 @lru_cache(maxsize=8)
 def _places(vocabulary: tuple[str, ...]) -> dict[str, int]:
-    """Place of each Ensembl id that exactly one name of the vocabulary means."""
+    """Place of each Ensembl id in the vocabulary: of the name that means it most surely, if that is a single one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        ids = map_genes(vocabulary).mapped
+        mapping = map_genes(vocabulary)
+    # "Ccl3", which a mouse data set brought in, reads as a human gene: it takes nothing from that gene's own id
     places: dict[str, int] = {}
-    for place, gene in enumerate(ids):
-        if isinstance(gene, str):
-            places[gene] = -1 if gene in places else place
+    sure: dict[str, int] = {}
+    for place, (gene, how) in enumerate(zip(mapping.mapped, mapping.how, strict=True)):
+        if not isinstance(gene, str) or how not in KINDS:
+            continue
+        rank = KINDS.index(how)
+        if rank < sure.get(gene, len(KINDS)):
+            places[gene], sure[gene] = place, rank
+        elif rank == sure[gene]:
+            places[gene] = -1
     return places
 
 
