@@ -154,6 +154,41 @@ def test_a_corpus_that_is_not_complete_is_refused(tmp_path, tissues):
         Corpus(tmp_path)
 
 
+@pytest.mark.parametrize("what", ["counts", "genes", "cells", "batch", "coordinates"])
+def test_another_anndata_of_the_same_shape_is_refused(tmp_path, sections, what):
+    keys = dict(KEYS, spatial_key="spatial", progress=False)
+    build_corpus(sections, tmp_path / "c", **keys)
+    same = sections.copy()
+    same.X = sections.X.tocsc()
+    same.obs["cell_type"] = "not read"
+    build_corpus(same, tmp_path / "c", **keys)
+    other = sections.copy()
+    if what == "counts":
+        other.X = other.X[::-1].copy()
+    elif what == "genes":
+        other.var_names = other.var_names[::-1]
+    elif what == "cells":
+        other.obs_names = other.obs_names[::-1]
+    elif what == "batch":
+        other.obs["batch"] = other.obs["batch"].cat.rename_categories({"batch0": "another"})
+    else:
+        other.obsm["spatial"] = other.obsm["spatial"] + 1
+    with pytest.raises(ValueError, match="built in another way .*sources"):
+        build_corpus(other, tmp_path / "c", **keys)
+
+
+def test_a_zarr_store_that_was_changed_is_refused(tmp_path, tissues):
+    import zarr
+
+    tissues.write_zarr(tmp_path / "a.zarr")
+    build_corpus(tmp_path / "a.zarr", tmp_path / "c", progress=False)
+    build_corpus(tmp_path / "a.zarr", tmp_path / "c", progress=False)
+    values = zarr.open_group(tmp_path / "a.zarr", mode="r+")["X/data"]
+    values[:] = values[:] * 5
+    with pytest.raises(ValueError, match="built in another way .*sources"):
+        build_corpus(tmp_path / "a.zarr", tmp_path / "c", progress=False)
+
+
 def test_damage_is_found(tmp_path, tissues):
     corpus = build_corpus(tissues, tmp_path / "c", progress=False, **KEYS)
     file = next((corpus.path / "counts.zarr" / "dataset_0" / "X" / "data" / "c").rglob("*"))

@@ -33,7 +33,7 @@ from ._corpus import (
     needs_annbatch,
 )
 from ._corpus_scan import Scan, mapped_counts, measured_genes, report_scan, scan_source
-from ._corpus_source import Cells, Source, gene_names, named_sources, opened
+from ._corpus_source import Cells, Source, fingerprint, gene_names, named_sources, opened
 from ._vocabulary import match_genes
 
 #: where what is not complete lies
@@ -94,7 +94,7 @@ def build_corpus(
     if shard_size < 1 or n_obs_per_chunk < 1:
         raise ValueError(f"shard_size={shard_size} and n_obs_per_chunk={n_obs_per_chunk} must be positive.")
     request = {
-        "sources": [source.fingerprint for source in named],
+        "sources": [fingerprint(source) for source in named],
         "genes": None if genes is None else list(genes),
         "shard_size": shard_size,
         "n_obs_per_chunk": n_obs_per_chunk,

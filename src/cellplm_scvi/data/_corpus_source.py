@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -52,16 +53,6 @@ class Source:
     size_factor_key: str | None = None
     measured_genes_key: str | None = None
     organism: Organism = "human"
-
-    @property
-    def fingerprint(self) -> dict[str, Any]:
-        """What has to be the same for a stopped build to go on."""
-        known = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "data"}
-        if isinstance(self.data, ad.AnnData):
-            return known | {"shape": list(self.data.shape)}
-        path = Path(self.data)
-        held = path / "zarr.json" if path.is_dir() and (path / "zarr.json").exists() else path
-        return known | {"path": str(path.resolve()), "size": held.stat().st_size, "changed": held.stat().st_mtime_ns}
 
 
 def named_sources(
@@ -141,6 +132,41 @@ def opened(source: Source) -> Iterator[Cells]:
             if str(error.args[0]).startswith('Source "'):
                 raise
             raise type(error)(f'Source "{source.name}": {error.args[0]}') from error
+
+
+def fingerprint(source: Source) -> dict[str, Any]:
+    """What has to be the same for a stopped build to go on: the arguments, and the data."""
+    known = {field.name: getattr(source, field.name) for field in fields(source) if field.name != "data"}
+    if isinstance(source.data, ad.AnnData):
+        return known | {"shape": list(source.data.shape), "digest": _content_digest(source)}
+    path = Path(source.data)
+    return known | {"path": str(path.resolve()), "digest": _files_digest(path)}
+
+
+def _content_digest(source: Source) -> str:
+    """Digest of all that is read of a source, however its counts are stored."""
+    digest = blake2b(digest_size=16)
+    with opened(source) as cells:
+        names = [cells.genes, *(() if cells.measured is None else (cells.measured.columns,))]
+        for values in names:
+            digest.update(pd.util.hash_array(values.to_numpy(dtype=object)).tobytes())
+        digest.update(pd.util.hash_pandas_object(cells.obs.astype(object)).to_numpy().tobytes())
+        for values in (cells.coordinates, cells.size_factor, cells.measured):
+            digest.update(b"" if values is None else np.ascontiguousarray(values).tobytes())
+        for _, counts in cells.chunks(np.arange(cells.n_cells)):
+            counts.eliminate_zeros()
+            for part, kind in ((counts.indptr, np.int64), (counts.indices, np.int64), (counts.data, np.float64)):
+                digest.update(part.astype(kind).tobytes())
+    return digest.hexdigest()
+
+
+def _files_digest(path: Path) -> str:
+    """Digest of the size and the time of the last change of a file, or of every file of a folder."""
+    digest = blake2b(digest_size=16)
+    for file in sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]:
+        status = file.stat()
+        digest.update(f"{file.relative_to(path)} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 def gene_names(source: Source) -> pd.Index:
