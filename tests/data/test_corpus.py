@@ -95,6 +95,24 @@ def test_a_mouse_data_set_takes_no_counts_from_a_human_one(tmp_path, make_tissue
         np.testing.assert_array_equal(cells.X[:, columns].toarray(), given[cells.obs_names].X.toarray())
 
 
+def test_names_that_sources_share_are_told_apart_also_from_those_that_look_so(tmp_path, make_tissues):
+    sources = {"0": make_tissues(20), "1": make_tissues(20, seed=1), "1-2": make_tissues(20, seed=2)}
+    names = {"0": ["donor", "donor-1"], "1": ["donor", "donor-1"], "1-2": ["donor", "donor-1-1"]}
+    for key, adata in sources.items():
+        adata.obs["donor"] = names[key] * 10
+        adata.obs_names = [f"{key}_{name}" for name in adata.obs_names]
+    given = pd.concat([adata.obs["donor"] for adata in sources.values()])
+    corpus = build_corpus(sources, tmp_path / "c", progress=False, batch_key="donor", sample_key="donor")
+    assert corpus.n_samples == len(corpus.categories["batch"]) == 6
+    found = corpus.to_anndata().obs
+    of = found["dataset"].astype(str) + given[found.index]
+    for level in ("batch", "sample"):
+        pairs = pd.DataFrame({"of": of, "name": found[level].astype(str)}).drop_duplicates()
+        assert pairs["of"].is_unique
+        assert pairs["name"].is_unique
+    assert {"donor-0", "donor-1-1"} < set(corpus.samples.index)
+
+
 def test_a_given_vocabulary_leaves_genes_out_and_keeps_the_library(tmp_path, tissues):
     genes = ["gene3", "gene1", "absent"]
     with pytest.warns(UserWarning, match="of the counts of source"):

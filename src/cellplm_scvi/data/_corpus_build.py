@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -207,10 +208,20 @@ def _merged(
 def _distinct_names(sources: list[Source], found: list[list[str]], own: bool) -> list[dict[str, str]]:
     """New name of each category of each source; with ``own``, a name that several use gets the source behind it."""
     uses = pd.Index([name for names in found for name in names]).value_counts()
-    return [
-        {name: f"{name}-{source.name}" if own and uses[name] > 1 else name for name in names}
-        for source, names in zip(sources, found, strict=True)
-    ]
+    taken = set(uses.index)
+    renamed: list[dict[str, str]] = []
+    for source, names in zip(sources, found, strict=True):
+        renamed.append({})
+        for name in names:
+            new = _free_name(f"{name}-{source.name}", taken) if own and uses[name] > 1 else name
+            renamed[-1][name] = new
+            taken.add(new)
+    return renamed
+
+
+def _free_name(name: str, taken: Collection[str]) -> str:
+    """The name, or with the first number behind it that makes it one that is not taken."""
+    return next(free for n in count(1) if (free := name if n == 1 else f"{name}-{n}") not in taken)
 
 
 def _write_shards(path: Path, sources: list[Source], manifest: dict[str, Any], progress: bool) -> None:
