@@ -210,6 +210,25 @@ def test_panels_travel(tmp_path, make_tissues):
     assert set(batch["panel"].tolist()) == {0, 1}
 
 
+def test_what_was_not_measured_is_so_in_memory_too(tmp_path, make_tissues):
+    few, many = make_tissues(n_genes=20), make_tissues(n_genes=30, seed=1)
+    for name, adata in {"few": few, "many": many}.items():
+        adata.obs_names = [f"{name}_{cell}" for cell in adata.obs_names]
+    corpus = build_corpus({"few": few, "many": many}, tmp_path / "c", progress=False, sample_key="sample")
+    model, adata = model_of(corpus), corpus.to_anndata()
+    assert adata.varm["measured_genes"].sum().to_dict() == {"few": 20, "many": 30}
+    absent = model.get_normalized_expression(adata).isna()
+    np.testing.assert_array_equal(absent.sum(axis=1), np.where(adata.obs["dataset"] == "few", 10, 0))
+    model.module.eval()
+    stream = CorpusDataModule(corpus, validation=0.0).inference_dataloader().serve(model)
+    assert float(model.get_elbo(adata)) == pytest.approx(float(model.get_elbo(dataloader=stream)), rel=1e-4)
+    model.save(str(tmp_path / "model"))
+    loaded = CellPLM.load(str(tmp_path / "model"), adata=False, accelerator="cpu")
+    np.testing.assert_array_equal(loaded.get_normalized_expression(adata).isna(), absent)
+    del adata.varm["measured_genes"]
+    assert not loaded.get_normalized_expression(adata.copy()).isna().any(axis=None)
+
+
 def test_a_model_with_other_genes_and_batches_reads_a_corpus(corpus, sections):
     known = sections[:, 5:].copy()
     known = known[known.obs["batch"] == "batch0"].copy()

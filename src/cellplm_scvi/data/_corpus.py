@@ -19,6 +19,7 @@ import scvi
 from cellplm_scvi import _constants as c
 
 from ._fields import CovariateField
+from ._panels import MEASURED_GENES
 
 MANIFEST, PANELS = "corpus.json", "panels.npy"
 COUNTS_STORE, CELLS_FOLDER, DONE_FOLDER = "counts.zarr", "cells", "done"
@@ -194,7 +195,7 @@ class Corpus:
         return [ad.io.sparse_dataset(self._shard(n)["X"]) for n in range(self.n_shards)]
 
     def to_anndata(self) -> ad.AnnData:
-        """The whole corpus in memory."""
+        """The whole corpus in memory; ``varm["measured_genes"]``, genes x data sets, if some measured only a part of them."""
         shards = [_read(self._shard(n)) for n in range(self.n_shards)]
         for shard in shards:
             shard.uns.clear()
@@ -202,6 +203,10 @@ class Corpus:
         adata.X = sp.csr_matrix(adata.X, dtype=np.float32)
         for column in ("batch", "platform", "dataset", "sample"):
             adata.obs[column] = pd.Categorical(np.asarray(adata.obs[column], dtype=object))
+        if self.panels is not None:
+            adata.varm[MEASURED_GENES] = pd.DataFrame(
+                self.panels.T, index=adata.var_names, columns=self.categories[c.DATASET_KEY]
+            )
         return adata
 
     def starting_point(self) -> StartingPoint:
@@ -265,6 +270,9 @@ class Corpus:
         if self.has_size_factor:
             setup["size_factor_key"] = "library_size"
             fields[c.SIZE_FACTOR_KEY] = _field({"attr_name": "obs", "attr_key": "library_size"}, {}, {})
+        if self.panels is not None:
+            setup["measured_genes_key"] = MEASURED_GENES
+            fields[c.MEASURED_GENES_KEY] = _field({"attr_name": "varm", "attr_key": MEASURED_GENES}, {}, {})
         registry = CorpusRegistry(
             scvi_version=scvi.__version__,
             model_name="CellPLM",
