@@ -235,6 +235,15 @@ def test_a_cell_that_is_there_twice_is_found(tmp_path, tissues):
     ("change", "error", "message"),
     [
         pytest.param({"batch_key": "nowhere"}, KeyError, 'Source "0": batch_key="nowhere" is not a column', id="key"),
+        pytest.param(
+            {"spatial_key": "spatail"}, KeyError, 'spatial_key="spatail" is not in obsm .* has "spatial"', id="spatial"
+        ),
+        pytest.param(
+            {"dataset_key": "study", "measured_genes_key": "panel"},
+            KeyError,
+            'genes_key="panel" is not in varm',
+            id="panel",
+        ),
         pytest.param({"genes": ["x"]}, ValueError, 'Source "0": none of its 30 genes', id="genes"),
         pytest.param({"genes": ["gene1", "gene1"]}, ValueError, "more than once", id="vocabulary"),
         pytest.param({"layer": "raw"}, KeyError, 'layer="raw" is not a layer', id="layer"),
@@ -242,9 +251,32 @@ def test_a_cell_that_is_there_twice_is_found(tmp_path, tissues):
         pytest.param({"shard_size": 0}, ValueError, "shard_size=0", id="shard"),
     ],
 )
-def test_messages_say_what_is_wrong(tmp_path, tissues, change, error, message):
+def test_messages_say_what_is_wrong(tmp_path, sections, change, error, message):
     with pytest.raises(error, match=message):
-        build_corpus(tissues, tmp_path / "c", progress=False, **change)
+        build_corpus(sections, tmp_path / "c", progress=False, **change)
+
+
+@pytest.mark.parametrize("kind", ["memory", "h5ad", "zarr"])
+def test_some_sources_may_lack_coordinates_but_not_all(tmp_path, sections, tissues, kind):
+    sources = {"section": sections, "cells": tissues}
+    if kind != "memory":
+        for name, adata in sources.items():
+            getattr(adata, f"write_{kind}")(tmp_path / f"{name}.{kind}")
+        sources = {name: tmp_path / f"{name}.{kind}" for name in sources}
+    with pytest.warns(UserWarning, match=r'no obsm\["spatial"\] in source "cells": its cells have no position'):
+        corpus = build_corpus(sources, tmp_path / "c", progress=False, spatial_key="spatial")
+    unplaced = np.isnan(corpus.to_anndata().obsm["spatial"]).all(1)
+    assert unplaced.sum() == tissues.n_obs + np.isnan(sections.obsm["spatial"]).all(1).sum()
+    with pytest.raises(KeyError, match='is not in obsm of source "cells", which has nothing'):
+        build_corpus({"cells": sources["cells"]}, tmp_path / "d", progress=False, spatial_key="spatial")
+    assert not (tmp_path / "d").exists()
+
+
+def test_libraries_below_the_counts_are_found_in_the_build(tmp_path, tissues):
+    tissues.obs["total"] = tissues.X.sum(1).A1
+    tissues.obs.loc["cell7", "total"] -= 1
+    with pytest.raises(ValueError, match=r'Source "x": The library size .* of 1 cells .* \(cells "cell7"\)'):
+        build_corpus({"x": tissues}, tmp_path / "c", progress=False, size_factor_key="total")
 
 
 def test_fractions_are_no_counts(tmp_path, tissues):

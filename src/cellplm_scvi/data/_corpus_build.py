@@ -34,7 +34,7 @@ from ._corpus import (
     needs_annbatch,
 )
 from ._corpus_scan import Scan, mapped_counts, measured_genes, report_scan, scan_source
-from ._corpus_source import Cells, Source, fingerprint, gene_names, named_sources, opened
+from ._corpus_source import Cells, Source, check_keys, fingerprint, gene_names, named_sources, opened
 from ._vocabulary import match_genes
 
 #: where what is not complete lies
@@ -133,6 +133,7 @@ def _planned(path: Path, sources: list[Source], request: dict[str, Any]) -> dict
         return manifest
     if path.exists() and any(entry.name not in (WORK, PANELS, f"{MANIFEST}.new") for entry in path.iterdir()):
         raise ValueError(f"{path} is not empty, and is no corpus. Choose another folder.")
+    check_keys(sources)
     work = path / WORK
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from ._checks import check_counts, some, warn
+from ._checks import check_counts, check_library, some, warn
 from ._contexts import content_keys, located, rows_by_sample, tiles
 from ._corpus_source import Cells, Source, opened
 from ._vocabulary import match_genes
@@ -66,6 +66,9 @@ def scan_source(source: Source, genes: pd.Index, order_file: Path) -> Scan:
         for rows, given in cells.chunks(np.arange(cells.n_cells)):
             check_counts(given, source.layer or "X")
             counts = mapped_counts(given, rows, cells, columns, measured, len(genes))
+            if cells.size_factor is not None:
+                totals = counts.sum(1, dtype=np.float64).A1
+                check_library(totals, cells.size_factor[rows], cells.obs.index.to_numpy()[rows])
             keys[rows] = content_keys(counts)
             largest = max(largest, float(counts.data.max(initial=0)))
             n_empty += int((np.diff(counts.indptr) == 0).sum())

@@ -18,7 +18,7 @@ import scipy.sparse as sp
 from cellplm_scvi._compat import CSCDataset
 from cellplm_scvi.genes._tables import Organism
 
-from ._checks import CHUNK_ROWS, as_csr, check_column, check_coordinates, check_names, check_no_missing, some
+from ._checks import CHUNK_ROWS, as_csr, check_column, check_coordinates, check_names, check_no_missing, some, warn
 from ._fields import MeasuredGenesField, SizeFactorField
 
 #: rows on disk that are this close are read together
@@ -175,20 +175,51 @@ def gene_names(source: Source) -> pd.Index:
         return adata.var_names
 
 
+def check_keys(sources: Sequence[Source]) -> None:
+    """Raise if no source has the coordinates, or the measured genes, that it was asked for; say which ones lack them."""
+    for argument, place in (("spatial_key", "obsm"), ("measured_genes_key", "varm")):
+        asked = [source for source in sources if getattr(source, argument) is not None]
+        there = {source.name: _keys(source, place) for source in asked}
+        lacking = [source for source in asked if getattr(source, argument) not in there[source.name]]
+        if not lacking:
+            continue
+        names, key = some([str(source.name) for source in lacking]), getattr(lacking[0], argument)
+        if len(lacking) == len(asked):
+            held = some(list(dict.fromkeys(name for keys in there.values() for name in keys)), 12)
+            raise KeyError(f'{argument}="{key}" is not in {place} of source {names}, which has {held or "nothing"}.')
+        what = "its cells have no position" if place == "obsm" else "all genes that it holds count as measured"
+        warn(f'There is no {place}["{key}"] in source {names}: {what}.')
+
+
+def _keys(source: Source, place: str) -> list[str]:
+    """Keys of ``obsm`` or ``varm``."""
+    if isinstance(source.data, ad.AnnData):
+        return list(getattr(source.data, place))
+    with _group(source) as group:
+        return list(group[place]) if place in group else []
+
+
 @contextmanager
 def _anndata(source: Source) -> Iterator[ad.AnnData]:
     """The source as an AnnData whose counts are on disk unless they were in memory."""
     if isinstance(source.data, ad.AnnData):
         yield source.data
         return
-    path = Path(source.data)
+    with _group(source) as group:
+        yield _backed(source, group)
+
+
+@contextmanager
+def _group(source: Source) -> Iterator[Any]:
+    """The file or the folder of a source, open."""
+    path = Path(source.data)  # type: ignore[arg-type]
     if path.is_file():
         with h5py.File(path, "r") as group:
-            yield _backed(source, group)
+            yield group
         return
     import zarr
 
-    yield _backed(source, zarr.open_group(path, mode="r"))
+    yield zarr.open_group(path, mode="r")
 
 
 def _backed(source: Source, group: Any) -> ad.AnnData:
