@@ -217,6 +217,20 @@ def test_damage_is_found(tmp_path, tissues):
         corpus.verify()
 
 
+def test_damaged_panels_are_found(tmp_path, tissues):
+    corpus = build_corpus(tissues, tmp_path / "c", genes=["gene1", "gene2", "absent"], progress=False)
+    corpus.verify()
+    np.save(corpus.path / "panels.npy", ~np.load(corpus.path / "panels.npy"))
+    with pytest.raises(ValueError, match=r"panels.npy is damaged"):
+        Corpus(corpus.path).verify()
+    # a corpus from before there was a checksum of it
+    file = corpus.path / "corpus.json"
+    manifest = json.loads(file.read_text())
+    del manifest["panels"]
+    file.write_text(json.dumps(manifest))
+    Corpus(corpus.path).verify()
+
+
 def test_a_cell_that_is_there_twice_is_found(tmp_path, tissues):
     corpus = build_corpus(tissues, tmp_path / "c", progress=False, **KEYS)
     file = corpus.path / "cells" / "0.npy"

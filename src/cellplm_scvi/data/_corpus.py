@@ -52,6 +52,14 @@ def file_checksums(path: Path) -> dict[str, int]:
     return {str(file.relative_to(path)) if path.is_dir() else "": _crc(file) for file in files}
 
 
+def _check_files(path: Path, written: Mapping[str, int]) -> None:
+    """Raise unless the checksums of a file, or of the files of a folder, are those of what was written."""
+    found = file_checksums(path) if path.exists() else {}
+    bad = [name for name in written.keys() | found.keys() if found.get(name) != written.get(name)]
+    if bad:
+        raise ValueError(f"{path} is damaged: {len(bad)} of its files differ from what was written.")
+
+
 def _crc(file: Path) -> int:
     value = 0
     with file.open("rb") as stream:
@@ -128,6 +136,7 @@ class Corpus:
         self.genes = pd.Index(manifest["genes"])
         self.categories: dict[str, list[str]] = manifest["categories"]
         self.shard_size: int = manifest["request"]["shard_size"]
+        self._panels_written: dict[str, int] | None = manifest.get("panels")  # absent from the oldest corpora
         self.sources: list[dict[str, Any]] = manifest["request"]["sources"]
         sizes = np.asarray(manifest["samples"]["n_cells"], dtype=np.int64)
         starts = np.cumsum(sizes) - sizes
@@ -285,18 +294,13 @@ class Corpus:
 
     def verify(self) -> None:
         """Read every file, and raise a ValueError unless each is what :func:`build_corpus` wrote, no cell more or less."""
+        if self._panels_written is not None:
+            _check_files(self.path / PANELS, self._panels_written)
         n_cells = 0
         for n in range(self.n_shards):
             done = json.loads((self.path / DONE_FOLDER / f"{n}.json").read_text(encoding="utf-8"))
-            places = {
-                "counts": self.path / COUNTS_STORE / f"dataset_{n}",
-                "cells": self.path / CELLS_FOLDER / f"{n}.npy",
-            }
-            for what, place in places.items():
-                found = file_checksums(place)
-                bad = [name for name in done[what] if found.get(name) != done[what][name]]
-                if bad or len(found) > len(done[what]):
-                    raise ValueError(f"{place} is damaged: {len(bad)} of its files differ from what was written.")
+            _check_files(self.path / COUNTS_STORE / f"dataset_{n}", done["counts"])
+            _check_files(self.path / CELLS_FOLDER / f"{n}.npy", done["cells"])
             n_cells += done["n_cells"]
         rows = np.concatenate([file["source_row"] for file in self._cell_files])
         sample = np.concatenate([file["sample"] for file in self._cell_files])

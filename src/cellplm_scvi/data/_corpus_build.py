@@ -143,6 +143,7 @@ def _planned(path: Path, sources: list[Source], request: dict[str, Any]) -> dict
     scans = [scan_source(source, pd.Index(genes), work / f"order_{n}.npy") for n, source in enumerate(sources)]
     manifest, panels = _merged(sources, scans, genes, request)
     np.save(path / PANELS, panels)
+    manifest["panels"] = file_checksums(path / PANELS)
     _write_json(file, manifest)  # last: from here on, the plan stands
     return manifest
 
