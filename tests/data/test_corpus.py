@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from anndata import AnnData
+from mudata import MuData
 
 from cellplm_scvi.data import Corpus, Source, build_corpus
 
@@ -306,3 +308,41 @@ def test_sources_have_names_of_their_own(tmp_path, tissues):
         build_corpus(tmp_path / "none.h5ad", tmp_path / "c")
     with pytest.raises(ValueError, match="no source"):
         build_corpus([], tmp_path / "c")
+
+
+def test_files_of_the_same_name_are_told_apart_by_their_folders(tmp_path, tissues):
+    files = [tmp_path / place / "cells.h5ad" for place in ("a/outs", "b/outs", "b/more", ".")]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tissues.write_h5ad(file)
+    other = tmp_path / "other.h5ad"
+    tissues.write_h5ad(other)
+    corpus = build_corpus([*files, other], tmp_path / "c", progress=False)
+    assert list(corpus.samples["source"]) == [
+        "a_outs_cells", "b_outs_cells", "more_cells", f"{tmp_path.name}_cells", "other",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="occurs more than once. Pass a mapping"):
+        build_corpus([other, other], tmp_path / "d", progress=False)
+
+
+def test_a_mudata_is_refused_at_once(tmp_path, tissues):
+    mdata = MuData({"rna": tissues})
+    for sources in (mdata, [mdata], {"a": mdata}, Source(mdata)):
+        with pytest.raises(TypeError, match=r'is a MuData; .* such as mdata\["rna"\]'):
+            build_corpus(sources, tmp_path / "c", progress=False)
+    mdata.write_h5mu(tmp_path / "m.h5mu")
+    mdata.write_zarr(tmp_path / "m.zarr")
+    for name in ("m.h5mu", "m.zarr"):
+        with pytest.raises(ValueError, match=rf'Source "m": .*{name} holds a MuData.*\["rna"\]'):
+            build_corpus(tmp_path / name, tmp_path / name[2:], progress=False, spatial_key="spatial")
+
+
+def test_what_cannot_be_read_is_named(tmp_path, tissues):
+    tissues.write_h5ad(tmp_path / "whole.h5ad")
+    content = (tmp_path / "whole.h5ad").read_bytes()
+    (tmp_path / "half.h5ad").write_bytes(content[: len(content) // 2])
+    (tmp_path / "text.h5ad").write_text("no HDF5")
+    (tmp_path / "folder.zarr").mkdir()
+    for name in ("half.h5ad", "text.h5ad", "folder.zarr"):
+        with pytest.raises(OSError, match=rf'Source "{Path(name).stem}": .*{name} cannot be opened'):
+            build_corpus([tmp_path / "whole.h5ad", tmp_path / name], tmp_path / f"c_{name}", progress=False)

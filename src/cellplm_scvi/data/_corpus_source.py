@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -14,6 +15,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+from mudata import MuData
 
 from cellplm_scvi._compat import CSCDataset
 from cellplm_scvi.genes._tables import Organism
@@ -34,7 +36,7 @@ class Source:
     data
         AnnData, or path of an ``.h5ad`` file or a ``.zarr`` folder, which are read by rows.
     name
-        Name of the data set; by default that of the file.
+        Name of the data set; by default that of the file, and of its folder where two files are named alike.
     layer, batch_key, platform_key, dataset_key, sample_key, spatial_key, size_factor_key, measured_genes_key
         As in :meth:`cellplm_scvi.CellPLM.setup_anndata`. Without ``batch_key`` the data set is one batch, without
         ``dataset_key`` one data set of this name, and without ``sample_key`` each batch is one sample.
@@ -61,23 +63,48 @@ def named_sources(
     """Sources as the user gave them, each with a name of its own."""
     if isinstance(sources, Source | ad.AnnData | str | Path):
         sources = [sources]
+    if not isinstance(sources, Iterable):  # a MuData would give its cells one by one, without an end
+        raise _no_source("This", sources)
     pairs = list(sources.items()) if isinstance(sources, Mapping) else [(None, source) for source in sources]
     if not pairs:
         raise ValueError("There is no source. Pass paths of .h5ad files or .zarr folders, or AnnData.")
     named = []
     for n, (name, source) in enumerate(pairs):
         if not isinstance(source, Source):
-            if not isinstance(source, ad.AnnData | str | Path):
-                raise TypeError(f"Source {n} is a {type(source).__name__}; an AnnData, a path or a Source is needed.")
             source = Source(source, **defaults)
+        if not isinstance(source.data, ad.AnnData | str | Path):
+            raise _no_source(f"Source {n}", source.data)
         if not isinstance(source.data, ad.AnnData) and not Path(source.data).exists():
             raise FileNotFoundError(f"{source.data} does not exist.")
-        stem = str(n) if isinstance(source.data, ad.AnnData) else Path(source.data).stem
-        named.append(replace(source, name=str(name or source.name or stem)))
+        named.append(replace(source, name=str(name or source.name or "") or None))
+    files = {
+        n: Path(source.data).resolve() for n, source in enumerate(named) if not isinstance(source.data, ad.AnnData)
+    }
+    stems = _stems({n: file for n, file in files.items() if named[n].name is None})
+    named = [replace(source, name=source.name or stems.get(n, str(n))) for n, source in enumerate(named)]
     names = pd.Index([source.name for source in named])
     if not names.is_unique:
-        raise ValueError(f"Sources need different names; {some(names[names.duplicated()])} occurs more than once.")
+        raise ValueError(
+            f"Sources need different names; {some(names[names.duplicated()])} occurs more than once. Pass a mapping of names "
+            "to sources."
+        )
     return named
+
+
+def _stems(files: Mapping[int, Path]) -> dict[int, str]:
+    """Names of files, behind as many of their folders as it takes to tell them apart."""
+    names = {n: file.stem for n, file in files.items()}
+    for depth in range(1, max((len(file.parts) for file in files.values()), default=0) - 1):
+        uses = Counter(names.values())
+        for n, file in files.items():
+            if uses[names[n]] > 1:
+                names[n] = "_".join([*file.parent.parts[-depth:], file.stem])
+    return names
+
+
+def _no_source(what: str, data: object) -> TypeError:
+    hint = ' Pass the modality that holds the counts, such as mdata["rna"].' if isinstance(data, MuData) else ""
+    return TypeError(f"{what} is a {type(data).__name__}; an AnnData, a path or a Source is needed.{hint}")
 
 
 @dataclass(frozen=True)
@@ -213,13 +240,29 @@ def _anndata(source: Source) -> Iterator[ad.AnnData]:
 def _group(source: Source) -> Iterator[Any]:
     """The file or the folder of a source, open."""
     path = Path(source.data)  # type: ignore[arg-type]
-    if path.is_file():
-        with h5py.File(path, "r") as group:
-            yield group
-        return
-    import zarr
+    with ExitStack() as stack:
+        try:
+            if path.is_file():
+                group: Any = stack.enter_context(h5py.File(path, "r"))
+            else:
+                import zarr
 
-    yield zarr.open_group(path, mode="r")
+                group = zarr.open_group(path, mode="r")
+        except (OSError, ValueError) as error:
+            raise OSError(
+                f'Source "{source.name}": {path} cannot be opened as an .h5ad file or a .zarr folder ({error}). Is it '
+                "complete?"
+            ) from error
+        if "mod" in group:
+            read, first = "read_h5mu" if path.is_file() else "read_zarr", next(iter(group["mod"]), "rna")
+            raise ValueError(
+                f'Source "{source.name}": {path} holds a MuData. Pass the modality that holds the counts, or write it to a '
+                f'file of its own: mudata.{read}("{path}")["{first}"].write_h5ad("{first}.h5ad").'
+            )
+        for name in ("obs", "var"):
+            if name not in group:
+                raise KeyError(f'Source "{source.name}": {path} holds no AnnData: it has no {name}.')
+        yield group
 
 
 def _backed(source: Source, group: Any) -> ad.AnnData:
