@@ -115,6 +115,26 @@ def test_names_that_sources_share_are_told_apart_also_from_those_that_look_so(tm
     assert {"donor-0", "donor-1-1"} < set(corpus.samples.index)
 
 
+def test_what_is_left_out_is_said(tmp_path, make_tissues, caplog):
+    adata = make_tissues(n_genes=4)
+    adata.var_names = ["SEPT2", "SEPTIN2", "TP53", "made-up"]
+    adata.X = np.tile([2.0, 1.0, 1.0, 1.0], (90, 1))
+    with caplog.at_level("INFO", logger="scvi.cellplm_scvi"):
+        corpus = build_corpus(adata, tmp_path / "c", progress=False)
+    assert corpus.to_anndata().X.sum() == 90 * 3
+    said = '60.0% of the counts of source "0" are used; 40.0% are of 1 further names of the same genes ("SEPT2").'
+    assert said in caplog.text
+    with pytest.warns(
+        UserWarning, match="Only 40.0% .* used; 20.0% are of genes that are not .* 40.0% are of 1 further"
+    ):
+        build_corpus(adata, tmp_path / "d", genes=["SEPTIN2", "TP53"], progress=False)
+    everything = make_tissues()
+    caplog.clear()
+    with caplog.at_level("INFO", logger="scvi.cellplm_scvi"):
+        build_corpus(everything, tmp_path / "e", progress=False)
+    assert "are used" not in caplog.text
+
+
 def test_a_given_vocabulary_leaves_genes_out_and_keeps_the_library(tmp_path, tissues):
     genes = ["gene3", "gene1", "absent"]
     with pytest.warns(UserWarning, match="of the counts of source"):

@@ -13,7 +13,7 @@ import scipy.sparse as sp
 from ._checks import check_counts, check_library, some, warn
 from ._contexts import content_keys, located, rows_by_sample, tiles
 from ._corpus_source import Cells, Source, opened
-from ._vocabulary import match_genes
+from ._vocabulary import MIN_COUNTS_COVERED, logger, match_genes
 
 #: cells of the smallest tiles that a spatial sample is ordered by
 TILE = 64
@@ -37,8 +37,10 @@ class Scan:
         Of the coordinates; 0 without.
     n_empty
         Cells without counts of the vocabulary.
-    n_counts, n_counts_kept
-        Counts in all, and of those in the vocabulary.
+    n_counts, n_counts_kept, n_counts_unknown, n_counts_second
+        Counts in all, and of those that are kept, of genes that are not in the vocabulary, and of ``second`` names.
+    unknown, second
+        Genes that are not in the vocabulary, and further names of genes that a surer name stands for.
     """
 
     categories: dict[str, list[str]]
@@ -49,12 +51,18 @@ class Scan:
     n_empty: int
     n_counts: float
     n_counts_kept: float
+    n_counts_unknown: float
+    n_counts_second: float
+    unknown: list[str]
+    second: list[str]
 
 
 def scan_source(source: Source, genes: pd.Index, order_file: Path) -> Scan:
     """Check a source from end to end, and find the order in which its cells go to disk."""
     with opened(source) as cells:
-        columns = match_genes(genes, cells.genes, source.organism).columns
+        match = match_genes(genes, cells.genes, source.organism)
+        columns, second = match.columns, cells.genes.isin(match.second)
+        unknown = (columns < 0) & ~second
         if (columns < 0).all():
             raise ValueError(
                 f"none of its {len(cells.genes):,} genes (such as {some(cells.genes)}) is in the vocabulary "
@@ -62,7 +70,7 @@ def scan_source(source: Source, genes: pd.Index, order_file: Path) -> Scan:
             )
         measured = measured_genes(cells, columns, len(genes))
         keys = np.empty(cells.n_cells, dtype=np.uint64)
-        largest, n_empty, n_counts, n_kept = 0.0, 0, 0.0, 0.0
+        largest, n_empty, n_kept, totals = 0.0, 0, 0.0, np.zeros(len(cells.genes))
         for rows, given in cells.chunks(np.arange(cells.n_cells)):
             check_counts(given, source.layer or "X")
             counts = mapped_counts(given, rows, cells, columns, measured, len(genes))
@@ -72,7 +80,7 @@ def scan_source(source: Source, genes: pd.Index, order_file: Path) -> Scan:
             keys[rows] = content_keys(counts)
             largest = max(largest, float(counts.data.max(initial=0)))
             n_empty += int((np.diff(counts.indptr) == 0).sum())
-            n_counts += float(given.sum(dtype=np.float64))
+            totals += given.sum(0, dtype=np.float64).A1
             n_kept += float(counts.sum(dtype=np.float64))
         order, samples = _order(cells, keys)
         new = order_file.with_name(f"new_{order_file.name}")
@@ -85,8 +93,12 @@ def scan_source(source: Source, genes: pd.Index, order_file: Path) -> Scan:
             int(largest),
             0 if cells.coordinates is None else cells.coordinates.shape[1],
             n_empty,
-            n_counts,
+            float(totals.sum()),
             n_kept,
+            float(totals[unknown].sum()),
+            float(totals[second].sum()),
+            list(cells.genes[unknown]),
+            list(cells.genes[second]),
         )
 
 
@@ -142,11 +154,20 @@ def _order(cells: Cells, keys: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
 
 
 def report_scan(source: Source, scan: Scan) -> None:
-    """Warn of what the vocabulary leaves out."""
-    if scan.n_counts_kept < 0.5 * scan.n_counts:
-        warn(
-            f'Only {scan.n_counts_kept / scan.n_counts:.0%} of the counts of source "{source.name}" are of genes in the '
-            "vocabulary."
-        )
+    """Say which counts are left out, and why; warn if they are most of them, or all of a cell."""
+    total = max(scan.n_counts, 1e-12)
+    left_out = {
+        f"of genes that are not in the vocabulary ({some(scan.unknown)})": scan.n_counts_unknown,
+        f"of {len(scan.second):,} further names of the same genes ({some(scan.second)})": scan.n_counts_second,
+        "of genes that their data set did not measure": scan.n_counts
+        - scan.n_counts_kept
+        - scan.n_counts_unknown
+        - scan.n_counts_second,
+    }
+    reasons = [f"{n / total:.1%} are {why}" for why, n in left_out.items() if n > 0]
+    if reasons:
+        kept = scan.n_counts_kept / total
+        summary = f'{kept:.1%} of the counts of source "{source.name}" are used; {", ".join(reasons)}.'
+        warn(f"Only {summary}") if kept < MIN_COUNTS_COVERED else logger.info(summary)
     if scan.n_empty:
         warn(f'{scan.n_empty:,} cells of source "{source.name}" have no counts of genes in the vocabulary.')

@@ -149,8 +149,8 @@ def report_match(vocabulary: pd.Index, given: pd.Index, x: object, organism: str
     if match.second:
         summary += f" {len(match.second):,} further names of the same genes are not used ({some(match.second)})."
     if covered < MIN_COUNTS_COVERED or match.n_matched < MIN_GENES_MATCHED * len(vocabulary):
-        unknown = given[match.columns < 0]
-        warn(f"{summary} Results may be poor. Unknown genes are {some(unknown)}.")
+        unknown = given[(match.columns < 0) & ~given.isin(match.second)]
+        warn(f"{summary} Results may be poor." + (f" Unknown genes are {some(unknown)}." if len(unknown) else ""))
     else:
         logger.info(summary)
     return {"matched": match.n_matched, **match.by, "counts_covered": covered, "summary": summary}
