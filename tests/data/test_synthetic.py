@@ -53,6 +53,30 @@ def test_what_a_panel_lacks_has_no_counts(adata):
     assert adata.varm["measured_genes"].sum().to_dict() == {"reference": 80, "spatial": 40}
 
 
+@pytest.mark.parametrize(
+    ("n_types", "rare_share", "expected"),
+    [
+        pytest.param(5, 0.03, 0.03, id="default"),
+        pytest.param(8, 0.1, 0.1, id="even"),
+        pytest.param(6, 0.005, 0.005, id="rare"),
+        pytest.param(20, 0.3, 0.05, id="more than its share"),
+        pytest.param(1, 0.03, 1.0, id="one"),
+    ],
+)
+def test_the_rarest_type_has_its_share(n_types, rare_share, expected):
+    shares = []
+    for seed in range(4):
+        adata = synthetic_tissues(6000, 4, 60, n_types=n_types, rare_share=rare_share, seed=seed)
+        shares.append((adata.obs["cell_type"] == f"type{n_types - 1}").mean())
+    assert np.mean(shares) == pytest.approx(expected, rel=0.15)
+
+
+def test_niches_differ_in_their_mix():
+    adata = synthetic_tissues(3000, 4, 4, seed=0)
+    mixes = pd.crosstab(adata.obs["niche"], adata.obs["cell_type"], normalize="index")
+    assert (mixes.max() - mixes.min()).max() > 0.2
+
+
 def test_niche_genes_follow_the_neighbours_and_others_do_not():
     adata = synthetic_tissues(4000, 60, 2, n_types=3, batch_effect=0, rare_share=0.2, mean_counts=3000, seed=3)
     effects = adata.varm["neighbour_effects"]
@@ -174,7 +198,11 @@ def test_the_model_takes_them():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        pytest.param({"n_cells": 2, "n_samples": 3}, "a cell for each sample", id="more samples than cells"),
+        pytest.param({"n_cells": 2, "n_samples": 3}, "a cell for each of n_samples=3", id="more samples than cells"),
+        pytest.param({"n_niches": 0}, "n_niches=0 must be a positive", id="niches"),
+        pytest.param({"n_batches": 0}, "n_batches=0 must be a positive", id="batches"),
+        pytest.param({"n_types": 0}, "n_types=0 must be a positive", id="types"),
+        pytest.param({"rare_share": 0.0}, "rare_share=0.0 is not a share", id="rare share"),
         pytest.param({"n_dissociated": 5}, "not between 0 and the 4 samples", id="dissociated"),
         pytest.param({"n_panel_genes": 201}, "not between 1 and the 200 genes", id="panel"),
         pytest.param({"n_perturbations": 51}, "a quarter, 50", id="perturbations"),

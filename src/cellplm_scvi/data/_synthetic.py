@@ -8,9 +8,12 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
+from scipy.optimize import brentq
 from scipy.spatial import cKDTree
 
 from cellplm_scvi.genes._tables import HUMAN_COLUMNS, HUMAN_FILE, _rows
+
+from ._checks import check_sizes
 
 GeneNames = Literal["plain", "symbol", "ensembl"]
 
@@ -79,7 +82,8 @@ def synthetic_tissues(
     perturbed_share
         Share of the cells that are perturbed, if there are perturbations.
     rare_share
-        Expected share of the rarest type.
+        Expected share of the rarest type, the last one; each type is rarer than the one before by the same factor. Where it
+        is more than ``1 / n_types``, all types are equally common.
     type_effect, niche_effect, batch_effect, platform_effect
         Standard deviation of log fold changes: of all genes between types; of a third of the genes between
         neighbourhoods of a single type; of all genes between batches and between platforms.
@@ -119,7 +123,9 @@ def synthetic_tissues(
     >>> adata.varm["measured_genes"].sum()
     """
     rng = np.random.default_rng(seed)
-    _check(n_cells, n_genes, n_samples, n_types, n_dissociated, n_panel_genes, n_perturbations, n_pairs)
+    check_sizes(n_cells=n_cells, n_genes=n_genes, n_samples=n_samples)
+    check_sizes(n_types=n_types, n_niches=n_niches, n_batches=n_batches)
+    _check(n_cells, n_genes, n_samples, n_dissociated, n_panel_genes, n_perturbations, n_pairs, rare_share)
     genes = pd.Index(_gene_names(n_genes, gene_names, rng))
     obs, obsm, dissociated = _cells(n_cells, n_samples, n_types, n_niches, n_batches, n_dissociated, rare_share, rng)
     regulation, effects, names = _perturbations(n_genes, n_perturbations, n_pairs, perturbation_effect, genes, rng)
@@ -203,17 +209,16 @@ def _check(
     n_cells: int,
     n_genes: int,
     n_samples: int,
-    n_types: int,
     n_dissociated: int,
     n_panel_genes: int | None,
     n_perturbations: int,
     n_pairs: int,
+    rare_share: float,
 ) -> None:
-    if min(n_cells, n_genes, n_samples, n_types) < 1 or n_cells < n_samples:
-        raise ValueError(
-            f"n_cells={n_cells}, n_genes={n_genes}, n_samples={n_samples} and n_types={n_types} must be at least 1, with a "
-            "cell for each sample."
-        )
+    if n_cells < n_samples:
+        raise ValueError(f"n_cells={n_cells} is not a cell for each of n_samples={n_samples} samples.")
+    if not 0 < rare_share <= 1:
+        raise ValueError(f"rare_share={rare_share} is not a share: it is above 0 and at most 1.")
     if not 0 <= n_dissociated <= n_samples:
         raise ValueError(f"n_dissociated={n_dissociated} is not between 0 and the {n_samples} samples.")
     if n_panel_genes is not None and not 1 <= n_panel_genes <= n_genes:
@@ -251,10 +256,7 @@ def _cells(
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray | pd.DataFrame], np.ndarray]:
     """Codes of cells, their coordinates and the types of their neighbours, and which are dissociated."""
     sample = np.sort(np.arange(n_cells) % n_samples)
-    abundance = np.geomspace(1.0, max(rare_share, 1e-3) * n_types, n_types)
-    # each niche has its own mix of types; the overall abundance is about the one above
-    mix = abundance * rng.gamma(0.7, 1.0, (n_niches, n_types)).clip(0.05)
-    mix /= mix.sum(1, keepdims=True)
+    mix = _mixes(rng.gamma(0.7, 1.0, (n_niches, n_types)).clip(0.05), rare_share)
     position, niche = np.empty((n_cells, 2)), np.empty(n_cells, dtype=np.int64)
     kind, company = np.empty(n_cells, dtype=np.int64), np.zeros((n_cells, n_types))
     for s in range(n_samples):
@@ -278,6 +280,25 @@ def _cells(
         company[order], columns=[f"type{t}" for t in range(n_types)], index=[f"cell{n}" for n in range(n_cells)]
     )
     return obs, {"spatial": coordinates[order], "neighbour_types": shares}, dissociated[order]
+
+
+def _mixes(contrast: np.ndarray, rare_share: float) -> np.ndarray:
+    """Share of each type in each niche, (n_niches, n_types).
+
+    Each niche has its own mix, whose odds are those of ``contrast``; their mean is a geometric series that ends in ``rare_share``.
+    """
+    powers = np.arange(contrast.shape[1])
+
+    def abundance(log_factor: float) -> np.ndarray:
+        return np.exp(log_factor * powers) / np.exp(log_factor * powers).sum()
+
+    target, mix = abundance(0.0), contrast.copy()
+    if powers.size > 1 and rare_share < target[-1]:
+        target = abundance(brentq(lambda x: abundance(x)[-1] - rare_share, np.log(rare_share), 0.0))
+    for _ in range(200):
+        mix *= target / mix.mean(0)
+        mix /= mix.sum(1, keepdims=True)
+    return mix
 
 
 def _perturbations(
