@@ -75,8 +75,8 @@ def scan_source(source: Source, genes: pd.Index, order_file: Path) -> Scan:
             check_counts(given, source.layer or "X")
             counts = mapped_counts(given, rows, cells, columns, measured, len(genes))
             if cells.size_factor is not None:
-                totals = counts.sum(1, dtype=np.float64).A1
-                check_library(totals, cells.size_factor[rows], cells.obs.index.to_numpy()[rows])
+                in_cell = counts.sum(1, dtype=np.float64).A1
+                check_library(in_cell, cells.size_factor[rows], cells.obs.index.to_numpy()[rows])
             keys[rows] = content_keys(counts)
             largest = max(largest, float(counts.data.max(initial=0)))
             n_empty += int((np.diff(counts.indptr) == 0).sum())
