@@ -150,7 +150,7 @@ def pretrain(
     run = PRESETS[preset]["run"]
     data = CorpusDataModule(
         corpus,
-        batch_size=batch_size or run["batch_size"],
+        batch_size=run["batch_size"] if batch_size is None else batch_size,
         context_size=context_size,
         validation=validation,
         seed=seed,
@@ -172,7 +172,7 @@ def pretrain(
         max_epochs=max_epochs,
         accelerator=accelerator,
         devices=devices,  # type: ignore[arg-type]
-        plan_kwargs={"lr": lr or run["lr"], **(plan or {})},
+        plan_kwargs={"lr": run["lr"] if lr is None else lr, **(plan or {})},
         max_steps=max_steps,
         accumulate_grad_batches=accumulate,
         precision=precision,
