@@ -182,6 +182,21 @@ def test_a_set_up_leaves_other_keys_to_the_model(tissues: AnnData, build: Any, t
     assert reload(model, tmp_path, adata).registry_["setup_args"]["size_factor_key"] is None
 
 
+def test_positions_that_a_model_has_no_part_for(dissociated_model: CellPLM, make_tissues: Any) -> None:
+    """Data that were set up with coordinates meet a model without, which gets new categories."""
+    adata = make_tissues(spatial=True, seed=5)
+    adata.obs["batch"] = "new"
+    CellPLM.setup_anndata(adata, batch_key="batch", spatial_key="spatial")
+    with pytest.warns(UserWarning, match='spatial_key="spatial" has no effect'):
+        model = CellPLM.from_pretrained(dissociated_model, adata, new_categories="add", accelerator="cpu")
+    without = adata.copy()
+    without.uns.clear()
+    del without.obsm["spatial"]
+    np.testing.assert_array_equal(
+        model.get_latent_representation(), dissociated_model.get_latent_representation(without)
+    )
+
+
 def test_words_that_are_numbers(tissues: AnnData, build: Any, train: Any, tmp_path: Path) -> None:
     tissues.obs["dose"] = [0, 10] * (tissues.n_obs // 2)
     setup = {"perturbation_key": "dose", "control_category": 0, "labels_key": "dose", "unlabeled_category": 10}

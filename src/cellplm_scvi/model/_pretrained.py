@@ -190,6 +190,7 @@ class PretrainedMixin:
         model.to_device(where)  # type: ignore[attr-defined]
         if arguments.get("spatial_key") is not None and not (model.module.spatial or model.module.absolute_position):
             warn(f'spatial_key="{arguments["spatial_key"]}" has no effect: this model was trained without positions.')
+            model.registry_["setup_args"]["spatial_key"] = None  # type: ignore[attr-defined]
         if adata is not None:
             model.adata = adata  # type: ignore[attr-defined]
         return model
