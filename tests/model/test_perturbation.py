@@ -25,7 +25,16 @@ KEYS = {"batch_key": "batch", "sample_key": "sample", "perturbation_key": "pertu
 def whole() -> AnnData:
     """Five perturbed genes and four pairs of them in cells of two types."""
     return synthetic_tissues(
-        900, 40, 2, n_types=2, n_perturbations=5, n_pairs=4, perturbed_share=0.7, niche_effect=0.3, mean_counts=800
+        900,
+        40,
+        2,
+        n_types=2,
+        rare_share=0.3,
+        n_perturbations=5,
+        n_pairs=4,
+        perturbed_share=0.7,
+        niche_effect=0.3,
+        mean_counts=800,
     )
 
 
