@@ -12,7 +12,7 @@ from anndata import AnnData
 from cellplm_scvi import CellPLM
 from cellplm_scvi.data import synthetic_tissues, true_shares
 from cellplm_scvi.data._loader import CellDataset, MinibatchRows, SpatialInputs
-from cellplm_scvi.data._perturbation import elements_of, observed_changes, pair_with_controls
+from cellplm_scvi.data._perturbation import are_controls, elements_of, observed_changes, pair_with_controls
 from cellplm_scvi.data._table import CellTable
 from cellplm_scvi.model._perturbation_fit import common_change, fit_process, trusted
 
@@ -258,6 +258,12 @@ def test_names_of_pairs_have_no_order():
 def test_the_control_is_nothing_beside_a_perturbation():
     assert elements_of("A+ctrl", "ctrl") == elements_of("ctrl+A", "ctrl") == ("A",)
     assert elements_of("ctrl", "ctrl") == elements_of("ctrl+ctrl", "ctrl") == ()
+    assert are_controls(np.array(["A+ctrl", "ctrl+ctrl", "CD4+", "ctrl"]), "ctrl").tolist() == [
+        False,
+        True,
+        False,
+        True,
+    ]
 
 
 def test_perturbations_named_with_the_control_are_the_same(adata):

@@ -23,17 +23,25 @@ UNMEASURED = 1e6
 
 def elements_of(perturbation: str, control: str) -> tuple[str, ...]:
     """Names of what is perturbed: ``"A+B"`` is A and B, in alphabetical order, ``"A+control"`` is A, and ``"control"`` nothing."""
-    if str(perturbation) == control:
+    if _is_control(perturbation, control):
         return ()
-    names = {name.strip() for name in str(perturbation).split("+")}
+    names = _parts(perturbation)
     if "" in names:
         raise ValueError(f'"{perturbation}" is not the name of a perturbation, such as "A", or "A+B" for a pair.')
     return tuple(sorted(names - {control}))
 
 
 def are_controls(names: np.ndarray, control: str) -> np.ndarray:
-    """Which names of perturbations, (n,), mean none, (n,)."""
-    return np.array([not elements_of(name, control) for name in names], dtype=bool)
+    """Which names of perturbations, (n,), mean none, (n,); names that could not be trained are none of them."""
+    return np.array([_is_control(name, control) for name in names], dtype=bool)
+
+
+def _is_control(perturbation: str, control: str) -> bool:
+    return str(perturbation) == control or _parts(perturbation) == {control}
+
+
+def _parts(perturbation: str) -> set[str]:
+    return {name.strip() for name in str(perturbation).split("+")}
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ def pair_with_controls(table: CellTable, names: np.ndarray, control: str) -> Con
     """
     kinds, kind = np.unique(names, return_inverse=True)
     elements = [elements_of(name, control) for name in kinds]
-    is_control = np.array([not found for found in elements])[kind]
+    is_control = are_controls(kinds, control)[kind]
     batch = table.covariates[c.BATCH_KEY]
     label = table.annotations.get(c.LABELS_KEY, np.zeros_like(batch))
     found: dict[tuple[int, ...], int] = {}

@@ -95,7 +95,8 @@ class DifferentialMixin:
         with self._encoded_once(adata), fixed_draws(), fixed_numpy_draws():  # type: ignore[attr-defined]
             table: CellTable = self._table(adata)  # type: ignore[attr-defined]
             for asked in track(comparisons, description="DE...", disable=silent):
-                kept = np.flatnonzero((_measured(table, asked.first) & _measured(table, asked.second))[genes])
+                in_both = np.minimum(_n_measured(table, asked.first), _n_measured(table, asked.second)) > 0
+                kept = np.flatnonzero(in_both[genes])
                 if kept.size == 0:
                     raise ValueError("No gene was measured in both groups.")
                 found = compare_groups(
@@ -218,11 +219,10 @@ class _Registered:
 def _count_statistics(registered: _Registered, cells1: np.ndarray, cells2: np.ndarray) -> dict[str, np.ndarray]:
     """Means of counts, and of counts per 10,000, and share of cells with a count, of each gene in both groups."""
     table, genes = registered.counts.table, registered.counts.genes
-    found: dict[str, np.ndarray] = {}
-    for n, cells in enumerate((cells1, cells2), start=1):
+    means = []
+    for cells in (cells1, cells2):
         rows = np.flatnonzero(cells)
         total, present, relative = np.zeros((3, genes.size))
-        n_cells = np.zeros(genes.size)
         for start in range(0, rows.size, CHUNK_ROWS):
             part = rows[start : start + CHUNK_ROWS]
             counts = registered.counts[part]
@@ -230,27 +230,16 @@ def _count_statistics(registered: _Registered, cells1: np.ndarray, cells2: np.nd
             total += counts.sum(0, dtype=np.float64).A1
             present += counts.getnnz(0)
             relative += (1e4 / np.maximum(table.totals[part], 1e-8)) @ counts
-            n_cells += _has_measured(table, part)[:, genes].sum(0)
-        n_cells = np.maximum(n_cells, 1)
-        found |= {f"raw_mean{n}": total / n_cells, f"non_zeros_proportion{n}": present / n_cells}
-        found[f"raw_normalized_mean{n}"] = relative / n_cells
-    return dict(sorted(found.items(), key=lambda entry: ("norm" in entry[0], "non" in entry[0], entry[0])))
+        means.append(np.stack([total, present, relative]) / np.maximum(_n_measured(table, cells)[genes], 1))
+    names = ("raw_mean", "non_zeros_proportion", "raw_normalized_mean")
+    return {f"{name}{n + 1}": means[n][i] for i, name in enumerate(names) for n in (0, 1)}
 
 
-def _has_measured(table: CellTable, rows: np.ndarray) -> np.ndarray:
-    """Whether each of some cells measured each gene, (n_rows, n_genes)."""
+def _n_measured(table: CellTable, cells: np.ndarray) -> np.ndarray:
+    """How many of the cells, (n_cells,) boolean, measured each gene, (n_genes,)."""
     if table.measured is None or table.panel is None:
-        return np.ones((rows.size, table.counts.n_genes), dtype=bool)
-    return table.measured[table.panel[rows]]
-
-
-def _measured(table: CellTable, cells: np.ndarray) -> np.ndarray:
-    """Genes that any of the cells measured, (n_genes,)."""
-    return (
-        np.ones(table.counts.n_genes, dtype=bool)
-        if table.measured is None or table.panel is None
-        else table.measured[np.unique(table.panel[cells])].any(0)
-    )
+        return np.full(table.counts.n_genes, np.count_nonzero(cells))
+    return np.bincount(table.panel[cells], minlength=len(table.measured)) @ table.measured
 
 
 def _where_measured(shares: np.ndarray) -> np.ndarray:
@@ -275,7 +264,7 @@ def _with_all_genes(found: pd.DataFrame, names: pd.Index) -> pd.DataFrame:
 
 @contextmanager
 def fixed_numpy_draws() -> Iterator[None]:
-    """The same for NumPy's global generator, which scvi-tools' differential expression draws from."""
+    """The same for NumPy's global generator, which pairs of cells are drawn from, as :func:`fixed_draws` for torch's."""
     state = np.random.get_state()  # noqa: NPY002
     np.random.seed(settings.seed or 0)  # noqa: NPY002
     try:

@@ -100,7 +100,9 @@ class ExpressionMixin(RNASeqMixin, VAEMixin):
         parts = []
         with fixed_draws():
             n_pairs = rows.size * n_samples
-            chosen = torch.randint(n_pairs, (n_samples_overall,)).numpy() if n_samples_overall and n_pairs else None
+            chosen = None
+            if n_samples_overall is not None and n_pairs:
+                chosen = torch.randint(n_pairs, (n_samples_overall,)).numpy()
             for tensors in loader:
                 decoded = [
                     self._decoded(tensors, code, n_samples if draw else None, library_size)[..., genes].cpu()

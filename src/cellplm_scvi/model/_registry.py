@@ -65,10 +65,8 @@ def setup_of(
     method, own = "setup_anndata", {}
     if manager is not None:
         method, own = manager.registry["setup_method_name"], _named(manager.registry["setup_args"], adata, saved)
-    if not isinstance(adata, AnnData):
-        return method, {**own, **setup}
     for argument, key in setup.items():  # data that come later may lack a column, but not these
-        if key is not None and argument in KEY_ARGUMENTS.values():
+        if isinstance(adata, AnnData) and key is not None and argument in KEY_ARGUMENTS.values():
             check_column(adata, key, argument)
     return method, {**own, **setup}
 
