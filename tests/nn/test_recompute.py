@@ -44,6 +44,22 @@ def test_less_is_kept_for_the_backward_pass():
     assert kept[1] < kept[0] / 3
 
 
+def test_wide_layers_are_computed_again_by_default(monkeypatch):
+    """And narrow ones, and those that were told otherwise, are not."""
+    monkeypatch.setattr("cellplm_scvi.nn._encoders.WIDE", 16)
+    kept = {}
+    for n_hidden in (8, 16):
+        encoder = TransformerEncoder("flow", n_hidden, 2, 2, 0.1, local=False).train()
+        packing = encoder.packing(torch.tensor([100]))
+        for encoder.recompute in (None, True, False):
+            sizes = []
+            with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.nbytes) or t, lambda t: t):
+                encoder(torch.randn(100, n_hidden, requires_grad=True), packing, None)
+            kept[n_hidden, encoder.recompute] = sum(sizes)
+    assert kept[16, None] == kept[16, True] < kept[16, False]
+    assert kept[8, True] < kept[8, None] == kept[8, False]
+
+
 def test_a_model_trains_the_same():
     adata = synthetic_tissues(n_samples=2, n_cells=60, n_genes=30, seed=0)
     CellPLM.setup_anndata(adata, sample_key="sample")

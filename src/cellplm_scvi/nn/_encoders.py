@@ -14,6 +14,9 @@ from ._dropout import Dropout
 
 Encoder = Literal["flow", "softmax", "mlp"]
 
+#: units from which on a CPU computes what is inside layers again rather than keep it
+WIDE = 1024
+
 
 class CellEncoder(nn.Module, ABC):
     """Maps the embeddings of the cells of packed samples to hidden states.
@@ -23,12 +26,16 @@ class CellEncoder(nn.Module, ABC):
 
     #: attention between all the cells of a sample, ``None`` for none
     attention: type[GlobalAttention] | None
-    #: whether the backward pass computes the states inside a layer again instead of keeping them
-    recompute = False
+    #: whether the backward pass computes the states inside a layer again instead of keeping them; ``None``: on a CPU,
+    #: where layers are wide
+    recompute: bool | None = None
 
     def run(self, layer: nn.Module, x: Tensor, *context: Packing | Neighbourhood | None) -> Tensor:
         """Output of a layer, (n_cells, n_hidden)."""
-        if self.recompute and torch.is_grad_enabled():
+        recompute = self.recompute
+        if recompute is None:
+            recompute = x.device.type == "cpu" and x.shape[1] >= WIDE and not torch.compiler.is_compiling()
+        if recompute and torch.is_grad_enabled():
             return checkpoint(layer, x, *context, use_reentrant=False)
         return layer(x, *context)
 

@@ -57,7 +57,8 @@ class CellPLMTrainingPlan(TrainingPlan):
         Of :func:`torch.compile`.
     recompute
         Whether the backward pass computes what is inside the encoder's layers again instead of keeping it: less memory,
-        for about a third more time in the encoder. For models and minibatches that do not fit otherwise.
+        for up to a third more time in the encoder. ``None``: on a CPU, for layers of 1,024 units or more. Elsewhere, for
+        models and minibatches that do not fit otherwise.
     n_epochs_kl_warmup
         Epochs over which the weight of the KL divergence rises from ``min_kl_weight`` to ``max_kl_weight``.
     **kwargs
@@ -76,7 +77,7 @@ class CellPLMTrainingPlan(TrainingPlan):
         layer_decay: float = 1.0,
         compile: bool = False,
         compile_kwargs: dict[str, Any] | None = None,
-        recompute: bool = False,
+        recompute: bool | None = None,
         n_epochs_kl_warmup: int | None = None,
         **kwargs: Any,
     ):
