@@ -20,6 +20,7 @@ from cellplm_scvi import CellPLM
 from cellplm_scvi.cli import PRESETS, embed, main, pretrain
 from cellplm_scvi.cli._embed import NOTE_EVERY
 from cellplm_scvi.data import Corpus, CorpusDataModule, build_corpus
+from cellplm_scvi.train import PlaceMixtureComponents
 
 pytest.importorskip("annbatch")
 pytest.importorskip("jsonargparse")
@@ -160,6 +161,26 @@ def test_a_run_goes_on_for_longer_and_in_another_way(corpus, stopped_run, tmp_pa
     assert longer.trainer.gradient_clip_val == 0.5
     noted = json.loads((folder / "config.json").read_text())
     assert {name: noted[name] for name in change} == change
+
+
+def test_components_are_placed_once(corpus, tmp_path, monkeypatch, capsys):
+    """Also where a run goes on for longer, so that the step where they would be placed comes again."""
+    placed = []
+
+    def place(self: PlaceMixtureComponents, trainer: Any, pl_module: Any) -> None:
+        placed.append(trainer.global_step)
+        original(self, trainer, pl_module)
+
+    original = PlaceMixtureComponents.place
+    monkeypatch.setattr(PlaceMixtureComponents, "place", place)
+    pretrain(corpus.path, tmp_path, **(RUN | {"max_epochs": 3}))
+    assert len(placed) == 1
+    longer = pretrain(corpus.path, tmp_path, **(RUN | {"max_epochs": 12}))
+    assert longer.trainer.current_epoch == 12
+    assert len(placed) == 1
+    with pytest.raises(SystemExit):
+        main(["pretrain", str(tmp_path / "config.json"), "--max_epochs", "2"])
+    assert "max_epochs=2" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_sizes_of_a_model_to_start_from_cannot_be_changed(corpus, tmp_path):
@@ -381,6 +402,11 @@ def test_the_command(sections, tmp_path, capsys):
         pytest.param("embed model a.h5ad z.zarr --sample_key donor", 'sample_key="donor" is not', id="no sample"),
         pytest.param("embed model fractions.h5ad z.zarr", "X does not hold counts", id="no counts"),
         pytest.param("embed model a.h5ad kept", "kept exists", id="result exists"),
+        pytest.param(
+            "embed model corpus z.zarr --sample_key sample --organism mouse",
+            "sample_key='sample', organism='mouse' is for files; the source is a corpus",
+            id="keys of a corpus",
+        ),
     ],
 )
 def test_a_mistake_is_said_in_a_line_and_leaves_nothing(
@@ -401,7 +427,7 @@ def test_a_mistake_is_said_in_a_line_and_leaves_nothing(
     assert last.startswith("cellplm: error: ")
     assert said in last
     assert last[len("cellplm: error: ")] not in "'\"", "the repr of a message"
-    assert {path.name for path in tmp_path.iterdir()} - {"c"} == {"corpus", "kept", "model", "a.h5ad", "fractions.h5ad"}
+    assert {path.name for path in tmp_path.iterdir()} == {"corpus", "kept", "model", "a.h5ad", "fractions.h5ad"}
 
 
 def test_an_error_that_is_no_mistake_keeps_its_traceback(monkeypatch):

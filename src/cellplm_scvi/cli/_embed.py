@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +122,14 @@ def embed(
 
 def _given(source: str | Path | Corpus, keys: dict[str, Any]) -> Corpus | Source:
     """The corpus that is there, or else the file."""
-    if isinstance(source, Corpus):
-        return source
-    if (Path(source) / MANIFEST).exists():
-        return Corpus(source)
+    if isinstance(source, Corpus) or (Path(source) / MANIFEST).exists():
+        defaults = {name: value.default for name, value in signature(embed).parameters.items()}
+        if given := {name: value for name, value in keys.items() if value != defaults[name]}:
+            raise ValueError(
+                f"{', '.join(f'{name}={value!r}' for name, value in given.items())} is for files; the source is a corpus, "
+                "which was built with its own. Leave it out."
+            )
+        return source if isinstance(source, Corpus) else Corpus(source)
     return named_sources(Source(source, **keys), {})[0]
 
 

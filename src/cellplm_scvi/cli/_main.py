@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
 from cellplm_scvi.data._corpus import Corpus
 from cellplm_scvi.data._corpus_build import build_corpus
 from cellplm_scvi.genes._tables import Organism
@@ -15,7 +17,7 @@ from ._embed import embed
 from ._pretrain import pretrain
 
 #: kinds of errors whose message says what to mend; others keep their traceback
-USER_ERRORS = (OSError, KeyError, ValueError, TypeError, ImportError)
+USER_ERRORS = (OSError, KeyError, ValueError, TypeError, ImportError, MisconfigurationException)
 
 
 def build(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from itertools import count
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,6 @@ from ._corpus import (
     CELLS_FOLDER,
     COUNTS_STORE,
     DONE_FOLDER,
-    FORMAT,
-    FORMAT_VERSION,
     MANIFEST,
     PANELS,
     Corpus,
@@ -33,7 +31,7 @@ from ._corpus import (
     file_checksums,
     needs_annbatch,
 )
-from ._corpus_scan import Scan, mapped_counts, measured_genes, report_scan, scan_source
+from ._corpus_scan import mapped_counts, measured_genes, merge_scans, scan_source
 from ._corpus_source import Cells, Source, check_keys, fingerprint, gene_names, named_sources, opened
 from ._vocabulary import match_genes
 
@@ -135,17 +133,31 @@ def _planned(path: Path, sources: list[Source], request: dict[str, Any]) -> dict
         raise ValueError(f"{path} is not empty, and is no corpus. Choose another folder.")
     check_keys(sources)
     work = path / WORK
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    genes = union_vocabulary(sources) if request["genes"] is None else request["genes"]
-    if len(set(genes)) < len(genes) or not genes:
-        raise ValueError("The vocabulary is empty, or names a gene more than once.")
-    scans = [scan_source(source, pd.Index(genes), work / f"order_{n}.npy") for n, source in enumerate(sources)]
-    manifest, panels = _merged(sources, scans, genes, request)
+    with _cleared_up(path):
+        work.mkdir(parents=True)
+        genes = union_vocabulary(sources) if request["genes"] is None else request["genes"]
+        if len(set(genes)) < len(genes) or not genes:
+            raise ValueError("The vocabulary is empty, or names a gene more than once.")
+        scans = [scan_source(source, pd.Index(genes), work / f"order_{n}.npy") for n, source in enumerate(sources)]
+        manifest, panels = merge_scans(sources, scans, genes, request)
     np.save(path / PANELS, panels)
     manifest["panels"] = file_checksums(path / PANELS)
     _write_json(file, manifest)  # last: from here on, the plan stands
     return manifest
+
+
+@contextmanager
+def _cleared_up(path: Path) -> Iterator[None]:
+    """Begin without what an earlier call left there, and leave nothing if something fails."""
+    existed = path.exists()
+    shutil.rmtree(path / WORK, ignore_errors=True)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(path / WORK, ignore_errors=True)
+        if not existed and path.exists():
+            path.rmdir()
+        raise
 
 
 def _order_again(path: Path, sources: list[Source], manifest: dict[str, Any]) -> None:
@@ -158,72 +170,6 @@ def _order_again(path: Path, sources: list[Source], manifest: dict[str, Any]) ->
         file = path / WORK / f"order_{n}.npy"
         if not file.exists():
             scan_source(source, pd.Index(manifest["genes"]), file)
-
-
-def _merged(
-    sources: list[Source], scans: list[Scan], genes: Sequence[str], request: dict[str, Any]
-) -> tuple[dict[str, Any], np.ndarray]:
-    """The manifest, and the genes that each data set measured, (n_datasets, n_genes)."""
-    dims = {source.name: scan.n_dims for source, scan in zip(sources, scans, strict=True) if scan.n_dims}
-    if len(set(dims.values())) > 1:
-        raise ValueError(f"Coordinates have a different number of columns in the sources ({dims}).")
-    panels: dict[str, np.ndarray] = {}
-    for source, scan in zip(sources, scans, strict=True):
-        for name, measured in scan.measured.items():
-            if not np.array_equal(panels.setdefault(name, measured), measured):
-                raise ValueError(
-                    f'The data set "{name}" of source "{source.name}" is also in another source, which measured other '
-                    "genes: give them different names."
-                )
-        report_scan(source, scan)
-    names = {
-        level: _distinct_names(sources, [scan.categories[level] for scan in scans], level == "batch")
-        for level in ("batch", "platform", "dataset")
-    }
-    samples = _distinct_names(sources, [list(scan.samples) for scan in scans], True)
-    n_cells = [sum(scan.samples.values()) for scan in scans]
-    largest = max(scan.largest for scan in scans)
-    manifest = {
-        "format": FORMAT,
-        "version": FORMAT_VERSION,
-        "request": request,
-        "n_cells": sum(n_cells),
-        "n_cells_of_sources": n_cells,
-        "genes": list(genes),
-        "categories": {
-            level: sorted({name for mapping in found for name in mapping.values()}) for level, found in names.items()
-        },
-        "renamed": names,
-        "samples": {
-            "name": [mapping[name] for scan, mapping in zip(scans, samples, strict=True) for name in scan.samples],
-            "n_cells": [n for scan in scans for n in scan.samples.values()],
-            "source": [source.name for source, scan in zip(sources, scans, strict=True) for _ in scan.samples],
-        },
-        "n_dims": next(iter(dims.values()), 0),
-        "size_factor": any(source.size_factor_key is not None for source in sources),
-        "dtype": "uint8" if largest < 2**8 else "uint16" if largest < 2**16 else "uint32",
-    }
-    order = manifest["categories"]["dataset"]  # type: ignore[index]
-    return manifest, np.packbits(np.stack([panels[name] for name in order]), axis=1)
-
-
-def _distinct_names(sources: list[Source], found: list[list[str]], own: bool) -> list[dict[str, str]]:
-    """New name of each category of each source; with ``own``, a name that several use gets the source behind it."""
-    uses = pd.Index([name for names in found for name in names]).value_counts()
-    taken = set(uses.index)
-    renamed: list[dict[str, str]] = []
-    for source, names in zip(sources, found, strict=True):
-        renamed.append({})
-        for name in names:
-            new = _free_name(f"{name}-{source.name}", taken) if own and uses[name] > 1 else name
-            renamed[-1][name] = new
-            taken.add(new)
-    return renamed
-
-
-def _free_name(name: str, taken: Collection[str]) -> str:
-    """The name, or with the first number behind it that makes it one that is not taken."""
-    return next(free for n in count(1) if (free := name if n == 1 else f"{name}-{n}") not in taken)
 
 
 def _write_shards(path: Path, sources: list[Source], manifest: dict[str, Any], progress: bool) -> None:

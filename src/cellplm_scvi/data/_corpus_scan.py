@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,6 +14,7 @@ import scipy.sparse as sp
 
 from ._checks import check_counts, check_library, some, warn
 from ._contexts import content_keys, located, rows_by_sample, tiles
+from ._corpus import FORMAT, FORMAT_VERSION
 from ._corpus_source import Cells, Source, opened
 from ._vocabulary import MIN_COUNTS_COVERED, logger, match_genes
 
@@ -171,3 +174,69 @@ def report_scan(source: Source, scan: Scan) -> None:
         warn(f"Only {summary}") if kept < MIN_COUNTS_COVERED else logger.info(summary)
     if scan.n_empty:
         warn(f'{scan.n_empty:,} cells of source "{source.name}" have no counts of genes in the vocabulary.')
+
+
+def merge_scans(
+    sources: list[Source], scans: list[Scan], genes: Sequence[str], request: dict[str, Any]
+) -> tuple[dict[str, Any], np.ndarray]:
+    """The manifest, and the genes that each data set measured, (n_datasets, n_genes)."""
+    dims = {source.name: scan.n_dims for source, scan in zip(sources, scans, strict=True) if scan.n_dims}
+    if len(set(dims.values())) > 1:
+        raise ValueError(f"Coordinates have a different number of columns in the sources ({dims}).")
+    panels: dict[str, np.ndarray] = {}
+    for source, scan in zip(sources, scans, strict=True):
+        for name, measured in scan.measured.items():
+            if not np.array_equal(panels.setdefault(name, measured), measured):
+                raise ValueError(
+                    f'The data set "{name}" of source "{source.name}" is also in another source, which measured other '
+                    "genes: give them different names."
+                )
+        report_scan(source, scan)
+    names = {
+        level: _distinct_names(sources, [scan.categories[level] for scan in scans], level == "batch")
+        for level in ("batch", "platform", "dataset")
+    }
+    samples = _distinct_names(sources, [list(scan.samples) for scan in scans], True)
+    n_cells = [sum(scan.samples.values()) for scan in scans]
+    largest = max(scan.largest for scan in scans)
+    manifest = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "request": request,
+        "n_cells": sum(n_cells),
+        "n_cells_of_sources": n_cells,
+        "genes": list(genes),
+        "categories": {
+            level: sorted({name for mapping in found for name in mapping.values()}) for level, found in names.items()
+        },
+        "renamed": names,
+        "samples": {
+            "name": [mapping[name] for scan, mapping in zip(scans, samples, strict=True) for name in scan.samples],
+            "n_cells": [n for scan in scans for n in scan.samples.values()],
+            "source": [source.name for source, scan in zip(sources, scans, strict=True) for _ in scan.samples],
+        },
+        "n_dims": next(iter(dims.values()), 0),
+        "size_factor": any(source.size_factor_key is not None for source in sources),
+        "dtype": "uint8" if largest < 2**8 else "uint16" if largest < 2**16 else "uint32",
+    }
+    order = manifest["categories"]["dataset"]  # type: ignore[index]
+    return manifest, np.packbits(np.stack([panels[name] for name in order]), axis=1)
+
+
+def _distinct_names(sources: list[Source], found: list[list[str]], own: bool) -> list[dict[str, str]]:
+    """New name of each category of each source; with ``own``, a name that several use gets the source behind it."""
+    uses = pd.Index([name for names in found for name in names]).value_counts()
+    taken = set(uses.index)
+    renamed: list[dict[str, str]] = []
+    for source, names in zip(sources, found, strict=True):
+        renamed.append({})
+        for name in names:
+            new = _free_name(f"{name}-{source.name}", taken) if own and uses[name] > 1 else name
+            renamed[-1][name] = new
+            taken.add(new)
+    return renamed
+
+
+def _free_name(name: str, taken: Collection[str]) -> str:
+    """The name, or with the first number behind it that makes it one that is not taken."""
+    return next(free for n in count(1) if (free := name if n == 1 else f"{name}-{n}") not in taken)

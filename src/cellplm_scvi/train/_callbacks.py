@@ -21,7 +21,8 @@ class PlaceMixtureComponents(Callback):
     """Places the components of the mixture prior on the data once the embedding has taken shape.
 
     Until then they lie together near the standard normal prior. At the start of ``epoch`` (or of ``step``), k-means on the
-    posterior means of training cells gives their means, variances and weights.
+    posterior means of training cells gives their means, variances and weights. It happens once: a checkpoint knows whether it
+    did.
 
     Parameters
     ----------
@@ -37,19 +38,30 @@ class PlaceMixtureComponents(Callback):
         self.epoch = epoch
         self.max_cells = max_cells
         self.step = step
+        self.placed = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {"placed": self.placed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.placed = state_dict["placed"]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Place the components at the chosen epoch."""
-        if self.step is None and trainer.current_epoch == self.epoch:
+        if self.step is None and trainer.current_epoch == self.epoch and not self.placed:
             self.place(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Place the components before the chosen step."""
-        if trainer.global_step == self.step and batch_idx % trainer.accumulate_grad_batches == 0:
+        first = batch_idx % trainer.accumulate_grad_batches == 0
+        if trainer.global_step == self.step and first and not self.placed:
             self.place(trainer, pl_module)
 
     def place(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Place the components now."""
+        self.placed = True
         module: CellPLMModule = pl_module.module  # type: ignore[assignment]
         latent = module.latent
         if not isinstance(latent, MixtureLatent):
