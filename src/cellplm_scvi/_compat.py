@@ -7,7 +7,7 @@ import warnings
 from anndata.abc import CSCDataset, CSRDataset
 from scvi._types import AnnOrMuData
 from scvi.data._constants import _SCVI_UUID_KEY as SCVI_UUID_KEY
-from scvi.data._utils import _check_if_view as copy_if_view
+from scvi.data._utils import _check_if_view
 from scvi.model._utils import _get_batch_code_from_category as batch_codes
 from scvi.model._utils import parse_device_args
 from scvi.model.base._de_core import _de_core as compare_groups
@@ -20,6 +20,21 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta"
 warnings.filterwarnings("ignore", message="Sparse CSC tensor support is in beta", category=UserWarning)
 warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled", category=UserWarning)
 
+
+def copy_if_view(adata: AnnOrMuData) -> None:
+    """Make a view an AnnData of its own, with a warning; a view of a file cannot become one in memory by itself."""
+    check_view(adata)
+    _check_if_view(adata, copy_if_view=True)
+
+
+def check_view(adata: AnnOrMuData) -> None:
+    """Raise on a view of a backed AnnData."""
+    if adata.is_view and adata.isbacked:
+        raise ValueError(
+            "This AnnData is a view of one that is backed by a file. Pass `adata.to_memory()`, or the whole and `indices`."
+        )
+
+
 __all__ = [
     "SCVI_UUID_KEY",
     "AnnOrMuData",
@@ -28,6 +43,7 @@ __all__ = [
     "SimpleLogger",
     "batch_codes",
     "compare_groups",
+    "check_view",
     "copy_if_view",
     "devices_dsp",
     "move_to_device",

@@ -206,7 +206,7 @@ def test_coordinates_that_are_absent(tissues):
         SETUP(tissues, spatial_key="spatial")
 
 
-@pytest.mark.parametrize("form", ["int", "frame", "3d", "all-nan"])
+@pytest.mark.parametrize("form", ["int", "frame", "sparse", "3d", "all-nan"])
 def test_coordinates_of_other_forms_work(make_tissues, build, train, form):
     adata = make_tissues(spatial=True, n_dims=3 if form == "3d" else 2)
     xy = adata.obsm["spatial"]
@@ -214,6 +214,8 @@ def test_coordinates_of_other_forms_work(make_tissues, build, train, form):
         adata.obsm["spatial"] = xy.round().astype(np.int64)
     elif form == "frame":
         adata.obsm["spatial"] = pd.DataFrame(xy, index=adata.obs_names, columns=["x", "y"])
+    elif form == "sparse":
+        adata.obsm["spatial"] = sp.csr_matrix(xy)
     elif form == "all-nan":
         adata.obsm["spatial"] = np.full_like(xy, np.nan)
     assert np.isfinite(train(build(adata)).get_latent_representation()).all()

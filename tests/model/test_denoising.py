@@ -41,6 +41,15 @@ def test_rows_genes_and_library(model):
     assert model.get_denoised_expression(indices=[]).shape == (0, whole.shape[1])
 
 
+def test_a_cell_without_counts_has_what_its_state_says(model):
+    adata = model.adata[:5].copy()
+    adata.X = adata.X.multiply((np.arange(5) != 2)[:, None]).tocsr()
+    denoised = model.get_denoised_expression(adata, library_size=100)
+    decoded = model.get_normalized_expression(adata, library_size=100)
+    np.testing.assert_allclose(denoised.iloc[2], decoded.iloc[2], rtol=1e-4)
+    assert (model.get_denoised_expression(adata, library_size=100, log1p=True, depth=100).iloc[2] > 0).all()
+
+
 def test_expected_logarithm(model):
     """It is below the logarithm of what is expected, which it approaches with depth."""
     of_mean = np.log1p(model.get_denoised_expression(library_size=1e3, return_numpy=True))

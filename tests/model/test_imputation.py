@@ -130,6 +130,34 @@ def test_genes_absent_from_new_data_are_imputed(model, adata, known):
     np.testing.assert_allclose(imputed.to_numpy(), expected.to_numpy(), rtol=1e-3, atol=1e-6)
 
 
+def test_a_model_of_whole_data_imputes_a_panel(model, adata, known):
+    """Without a table of measured genes, its own cells measured them all."""
+    whole = adata[adata.obs["dataset"] == "reference"].copy()
+    CellPLM.setup_anndata(whole, batch_key="batch", sample_key="sample")
+    reference = CellPLM(whole, n_hidden=16, n_latent=4, n_layers=1, n_components=2)
+    reference.train(3, accelerator="cpu", enable_progress_bar=False)
+    panel = adata.varm["measured_genes"]["spatial"].to_numpy()
+    section = adata[adata.obs["dataset"] == "spatial", panel].copy()
+    with pytest.warns(UserWarning, match="count as not measured"):
+        imputed = reference.get_imputed_expression(section)
+    assert imputed.notna().all(axis=None)
+    joined = CellPLM.from_pretrained(reference, section.copy(), accelerator="cpu")
+    decoded = [m.get_imputed_expression(a, regression_weight=0) for m, a in ((reference, section), (joined, None))]
+    np.testing.assert_allclose(decoded[0].loc[:, panel], decoded[1].loc[:, panel], rtol=1e-4)
+    assert np.corrcoef(np.log(decoded[0]).to_numpy().ravel(), np.log(decoded[1]).to_numpy().ravel())[0, 1] > 0.95
+    # the regression is that of the cells of the model
+    assert not np.allclose(imputed.loc[:, ~panel], decoded[0].loc[:, ~panel], rtol=1e-3)
+
+
+def test_parts_of_large_data_do_not_depend_on_the_order_of_rows(model, adata, monkeypatch):
+    monkeypatch.setattr(_panel_regression, "MAX_CELLS", 50)
+    monkeypatch.setattr(_panel_regression, "MAX_REFERENCE", 60)
+    imputed = model.get_imputed_expression(adata)
+    shuffled = adata[np.random.default_rng(0).permutation(adata.n_obs)].copy()
+    again = model.get_imputed_expression(shuffled)
+    pd.testing.assert_frame_equal(again.loc[adata.obs_names], imputed, rtol=1e-4, atol=1e-7)
+
+
 def test_uncertainty(model):
     mean, deviation = model.get_imputed_expression(indices=range(20), return_std=True)
     assert mean.shape == deviation.shape == (20, 60)
@@ -187,7 +215,6 @@ def test_reliability_reads_the_counts_that_were_set_up(adata):
         CellPLM.setup_anndata(data, **keys)
         model = CellPLM(data, **sizes)
         model.train(1, accelerator="cpu", enable_progress_bar=False)
-        scvi.settings.seed = 0
         found.append(model.get_imputation_reliability(3 if data is other else "spatial", **quick))
     # categories have another order, and their codes start elsewhere
     held_out = [frame["held_out_correlation"].notna() for frame in found]
@@ -195,8 +222,9 @@ def test_reliability_reads_the_counts_that_were_set_up(adata):
     assert found[1].notna().sum().equals(found[0].notna().sum())
     assert list(other.varm["measured_genes"].columns) == [7, 3]
     annotator = CellPLMAnnotator.from_cellplm(model, "cell_type")
-    scvi.settings.seed = 0
+    before = torch.get_rng_state()
     pd.testing.assert_frame_equal(annotator.get_imputation_reliability(**quick), found[1])
+    assert torch.equal(torch.get_rng_state(), before), "the global generator stays as it was"
 
 
 def test_other_panels_in_training():

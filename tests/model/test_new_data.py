@@ -96,6 +96,17 @@ def test_fewer_and_other_genes(model):
     assert np.isfinite(model.get_elbo(few))
 
 
+def test_genes_removed_after_the_set_up_are_said(make_tissues, build, train):
+    """Of the model's own data, and of new ones."""
+    model = train(build(make_tissues()))
+    new = make_tissues(seed=1)
+    model.get_latent_representation(new)
+    for adata in (model.adata, new):
+        adata._inplace_subset_var(adata.var_names[10:])
+        with pytest.warns(UserWarning, match="had 30 genes when it was set up, and has 20 now. .* 10 that it lacks"):
+            model.get_latent_representation(adata)
+
+
 def test_few_genes_are_called_few(model):
     with pytest.warns(UserWarning, match="22 of the model's 30 genes.*These are few"):
         model.get_latent_representation(model.adata[:, :8].copy())

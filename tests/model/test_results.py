@@ -409,6 +409,38 @@ def test_no_cell_has_no_mean(model, method):
             getattr(model, method)(indices=nobody)
 
 
+@pytest.mark.parametrize(
+    ("method", "arguments", "message"),
+    [
+        (
+            "get_normalized_expression",
+            {"library_size": "own"},
+            "library_size='own' must be a positive number of counts",
+        ),
+        ("get_normalized_expression", {"library_size": -5}, "library_size=-5 must be a positive"),
+        ("get_denoised_expression", {"library_size": 0}, "library_size=0 must be a positive"),
+        ("get_imputed_expression", {"library_size": float("nan")}, "library_size=nan must be a positive"),
+        ("get_normalized_expression", {"n_samples": 0}, "n_samples=0 must be a positive whole number"),
+        ("get_normalized_expression", {"transform_batch": []}, "transform_batch is empty"),
+        ("posterior_predictive_sample", {"transform_batch": []}, "transform_batch is empty"),
+        ("get_imputed_expression", {"n_samples": 2.5}, "n_samples=2.5 must be a positive whole number"),
+        ("get_latent_representation", {"give_mean": False, "mc_samples": 0}, "mc_samples=0 must be a positive"),
+    ],
+)
+def test_sizes_that_mean_nothing(model, method, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(model, method)(**arguments)
+
+
+def test_a_view_of_a_file(model, tmp_path):
+    model.adata.write_h5ad(tmp_path / "a.h5ad")
+    adata = anndata.read_h5ad(tmp_path / "a.h5ad", backed="r")
+    for use in (model.get_latent_representation, lambda view: CellPLM.setup_anndata(view, batch_key="batch")):
+        with pytest.raises(ValueError, match="a view of one that is backed by a file"):
+            use(adata[:20])
+    adata.file.close()
+
+
 def test_arguments_are_not_swallowed(model):
     with pytest.raises(TypeError, match="n_sample"):
         model.posterior_predictive_sample(n_sample=10)

@@ -363,3 +363,8 @@ def test_what_was_changed_since_it_was_set_up_is_noticed(make_tissues, build, tr
     sc.pp.log1p(model.adata)
     with pytest.raises(ValueError, match="changed since its set-up, does not hold counts: it looks log-normalised"):
         model.get_latent_representation()
+
+
+def test_a_weight_of_the_neighbourhood_is_not_negative(make_tissues, build):
+    with pytest.raises(ValueError, match="niche_weight=-1 must not be negative"):
+        build(make_tissues(spatial=True), niche_weight=-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,17 @@ def check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         if int(size) != size or size < 1:
             raise ValueError(f"{name}={size} must be a positive whole number.")
+
+
+def check_library_size(library_size: float | str) -> None:
+    """Raise if it is neither a positive number nor ``"latent"``."""
+    if library_size != "latent" and not (isinstance(library_size, Real) and 0 < library_size < np.inf):
+        raise ValueError(f'library_size={library_size!r} must be a positive number of counts, or "latent".')
+
+
+def dense(values: Any) -> np.ndarray:
+    """An array, DataFrame or sparse matrix as an array."""
+    return values.toarray() if sp.issparse(values) else np.asarray(values)
 
 
 def check_column(adata: AnnData, key: str, argument: str) -> pd.Series:

@@ -19,8 +19,8 @@ from scvi.data.fields import (
 
 from cellplm_scvi import _constants as c
 
-from ._checks import check_column, check_coordinates, check_counts, check_names, check_no_missing, some, warn
-from ._vocabulary import MATCH_KEY, ORGANISM_KEY, UNNAMED_KEY, report_match
+from ._checks import check_column, check_coordinates, check_counts, check_names, check_no_missing, dense, some, warn
+from ._vocabulary import MATCH_KEY, N_GIVEN_KEY, ORGANISM_KEY, UNNAMED_KEY, report_match
 
 ABSENT = "(absent)"
 #: below this share of the model's genes, new data get a warning that says so
@@ -52,7 +52,7 @@ class CountsField(LayerField):
     def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict:
         self.validate_field(adata_target)
         genes = pd.Index(state_registry[self.COLUMN_NAMES_KEY])
-        state = {**state_registry, self.N_OBS_KEY: adata_target.n_obs}
+        state = {**state_registry, self.N_OBS_KEY: adata_target.n_obs, N_GIVEN_KEY: adata_target.n_vars}
         if (organism := state.get(ORGANISM_KEY)) is None:
             report_genes(genes, adata_target.var_names)
             return state
@@ -225,7 +225,7 @@ class CoordinatesField(ObsmField):
         if self.attr_key not in adata.obsm:
             warn(f'This AnnData has no obsm["{self.attr_key}"]: its cells have no position.')
             return
-        check_coordinates(np.asarray(adata.obsm[self.attr_key]), self.attr_key, adata.obs_names)
+        check_coordinates(dense(adata.obsm[self.attr_key]), self.attr_key, adata.obs_names)
 
     def register_field(self, adata: AnnData) -> dict:
         if self.attr_key not in adata.obsm:

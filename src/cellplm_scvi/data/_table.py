@@ -17,8 +17,8 @@ from anndata import AnnData
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import CSCDataset, CSRDataset
 
-from ._checks import CHUNK_ROWS, as_csr, check_counts, some
-from ._vocabulary import gene_columns
+from ._checks import CHUNK_ROWS, as_csr, check_counts, dense, some, warn
+from ._vocabulary import N_GIVEN_KEY, gene_columns
 
 if TYPE_CHECKING:
     from scvi.data import AnnDataManager
@@ -147,7 +147,7 @@ class CellTable:
         if c.COORDINATES_KEY in registry:
             holder, key = _holder(manager, c.COORDINATES_KEY), registry[c.COORDINATES_KEY].attr_key
             if key in holder.obsm:
-                coordinates = _in_order(manager, c.COORDINATES_KEY, np.asarray(holder.obsm[key], dtype=np.float64))
+                coordinates = _in_order(manager, c.COORDINATES_KEY, dense(holder.obsm[key]).astype(np.float64))
             else:
                 coordinates = np.full((adata.n_obs, manager.get_state_registry(c.COORDINATES_KEY)["n_dims"]), np.nan)
         size_factor = None
@@ -158,6 +158,11 @@ class CellTable:
             raise ValueError(
                 f"None of the {columns.size:,} genes of this AnnData (such as {some(adata.var_names)}) is among the model's "
                 f"{len(genes):,} (such as {some(genes)}). Were var_names changed after it was set up?"
+            )
+        if (n_given := state.get(N_GIVEN_KEY, len(genes))) != adata.n_vars:
+            warn(
+                f"This AnnData had {n_given:,} genes when it was set up, and has {adata.n_vars:,} now. Of the model's "
+                f"{len(genes):,}, the {len(genes) - int((columns >= 0).sum()):,} that it lacks count as not measured."
             )
         measured, panel = _panels(manager, adata, genes, columns)
         counts = CountRows(

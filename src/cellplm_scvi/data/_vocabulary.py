@@ -21,6 +21,10 @@ from ._checks import CHUNK_ROWS, some, warn
 ORGANISM_KEY = "organism"
 #: in the registry of counts: how the genes of the data matched
 MATCH_KEY = "gene_match"
+#: in the registry of counts: the number of genes that the data had when they were set up, if the model is of others
+N_GIVEN_KEY = "n_given"
+#: what in the registry of counts belongs to one AnnData
+OF_DATA = (MATCH_KEY, N_GIVEN_KEY)
 #: in the registry of a covariate: the model's categories have no names that data could share
 UNNAMED_KEY = "unnamed"
 #: below this share of counts covered, or of the vocabulary matched, new data get a warning

@@ -169,6 +169,8 @@ class CellPLM(
         sizes |= {"n_components": n_components, "n_decoder_layers": n_decoder_layers, "max_context": max_context}
         sizes |= {"n_neighbours": n_neighbours} | ({"n_niche": n_niche} if n_niche else {})
         check_sizes(**sizes)
+        if not niche_weight >= 0:
+            raise ValueError(f"niche_weight={niche_weight} must not be negative.")
         categories = self._reference_sizes()
         target_sum, gene_shares, fold_changes = 1e4, None, None
         if adata is not None:
@@ -291,7 +293,7 @@ class CellPLM(
             If counts, categories, coordinates or names are not usable; the message says what was found where.
         """
         setup_method_args = cls._get_setup_method_args(**locals())
-        copy_if_view(adata, copy_if_view=True)
+        copy_if_view(adata)
         fields = make_fields(
             layer=layer,
             batch_key=batch_key,
@@ -352,7 +354,7 @@ class CellPLM(
             raise KeyError(
                 f'"{modalities["rna_layer"]}" is not a modality of the MuData, which has {some(list(mdata.mod))}.'
             )
-        copy_if_view(mdata, copy_if_view=True)
+        copy_if_view(mdata)
         fields = make_fields(
             layer=rna_layer,
             batch_key=batch_key,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cellplm_scvi._compat import AnnOrMuData
+from cellplm_scvi.data._checks import check_library_size
 from cellplm_scvi.model._embedding import fixed_draws
 from cellplm_scvi.nn import nb_expected_log1p
 
@@ -78,6 +79,7 @@ class DenoisingMixin:
         """
         if depth is not None and not (log1p and depth > 0):
             raise ValueError(f"depth={depth}: it is a positive number of molecules, and only `log1p=True` asks for it.")
+        check_library_size(library_size)
         self._check_if_trained(warn=False)  # type: ignore[attr-defined]
         adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
         manager = self.get_anndata_manager(adata, required=True)  # type: ignore[attr-defined]
@@ -86,25 +88,24 @@ class DenoisingMixin:
         parts = [np.zeros((0, len(names)), np.float32)]
         with fixed_draws():
             for tensors in self._make_data_loader(adata, rows, batch_size):  # type: ignore[attr-defined]
-                mean = self._decoded(tensors, None, None, "latent")  # type: ignore[attr-defined]
-                device = mean.device
-                mean, counts = mean[:, genes], self.module.counts(tensors).to_dense()[:, genes].to(device)
+                shares = self._decoded(tensors, None, None, 1)[:, genes]  # type: ignore[attr-defined]
+                counts = self.module.counts(tensors).to_dense()[:, genes].to(shares.device)
                 theta = self.module.decoder.output().log_theta.exp()[genes]
-                library = tensors["library"].to(device)[:, None]
+                library = tensors["library"].to(shares.device)[:, None]
                 scale = library if library_size == "latent" else torch.full_like(library, library_size)
-                values = _denoised(counts, mean, theta, library, scale, log1p=log1p, depth=depth)
+                values = _denoised(counts, shares, theta, library, scale, log1p=log1p, depth=depth)
                 parts.append(values.cpu().numpy())
         expression = np.concatenate(parts)
         return expression if return_numpy else pd.DataFrame(expression, index=adata.obs_names[rows], columns=names)
 
 
 def _denoised(
-    counts: Tensor, mean: Tensor, theta: Tensor, library: Tensor, scale: Tensor, *, log1p: bool, depth: float | None
+    counts: Tensor, shares: Tensor, theta: Tensor, library: Tensor, scale: Tensor, *, log1p: bool, depth: float | None
 ) -> Tensor:
-    """Rate given counts and mean, (n_cells, n_genes), for libraries (n_cells, 1), scaled; or its expected log1p."""
+    """Rate given counts and shares, (n_cells, n_genes), for libraries (n_cells, 1), scaled; or its expected log1p."""
+    library = library.clamp_min(1e-8)  # without any count, what the state says is left
     shape = counts + theta
-    rate = shape / (1 + theta / mean)
-    library = library.clamp_min(1e-8)
+    rate = shape / (1 + theta / (shares * library))
     if not log1p:
         return rate * (scale / library)
     new = library if depth is None else torch.full_like(library, depth)

@@ -221,6 +221,7 @@ class EmbeddingMixin:
         (n_cells, n_latent), float32, or two of them with ``return_dist``.
         """
         self._check_if_trained(warn=False)  # type: ignore[attr-defined]
+        check_sizes(mc_samples=mc_samples)
         if dataloader is not None:
             if adata is not None or indices is not None:
                 raise ValueError("Pass either `dataloader` or `adata` and `indices`.")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import AnnOrMuData, batch_codes
-from cellplm_scvi.data._checks import some
+from cellplm_scvi.data._checks import check_library_size, check_sizes, some
 from cellplm_scvi.data._vocabulary import gene_columns
 from cellplm_scvi.model._embedding import fixed_draws
 
@@ -88,6 +88,10 @@ class ExpressionMixin(RNASeqMixin, VAEMixin):
             raise ValueError(
                 f'weights="{weights}" is not available: importance weights assume a standard normal prior.'
             )
+        check_sizes(
+            n_samples=n_samples, **({} if n_samples_overall is None else {"n_samples_overall": n_samples_overall})
+        )
+        check_library_size(library_size)
         adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
         manager = self.get_anndata_manager(adata, required=True)  # type: ignore[attr-defined]
         genes, names = self._genes(manager, gene_list)
@@ -96,7 +100,7 @@ class ExpressionMixin(RNASeqMixin, VAEMixin):
             n_samples = n_samples_overall // max(rows.size, 1) + 1
         draw = n_samples > 1 or n_samples_overall is not None
         loader = self._make_data_loader(adata, rows, batch_size)  # type: ignore[attr-defined]
-        codes = batch_codes(manager, transform_batch)
+        codes = _batch_codes(manager, transform_batch)
         parts = []
         with fixed_draws():
             n_pairs = rows.size * n_samples
@@ -198,7 +202,7 @@ class ExpressionMixin(RNASeqMixin, VAEMixin):
         adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
         manager = self.get_anndata_manager(adata, required=True)  # type: ignore[attr-defined]
         genes, _ = self._genes(manager, gene_list)
-        codes = batch_codes(manager, transform_batch)
+        codes = _batch_codes(manager, transform_batch)
         parts = []
         with fixed_draws():
             for tensors in self._make_data_loader(adata, indices, batch_size):  # type: ignore[attr-defined]
@@ -305,6 +309,14 @@ class ExpressionMixin(RNASeqMixin, VAEMixin):
         table = self._table(adata)  # type: ignore[attr-defined]
         library = table.totals if table.size_factor is None else table.size_factor
         return library[self._rows(table.n_cells, indices)]  # type: ignore[attr-defined]
+
+
+def _batch_codes(manager: Any, transform_batch: Sequence[str | float] | str | float | None) -> list[int | None]:
+    """Codes of the batches to decode in; ``None`` stands for each cell's own."""
+    codes = batch_codes(manager, transform_batch)
+    if not codes:
+        raise ValueError("transform_batch is empty. Name a batch, or pass None to decode each cell in its own.")
+    return codes
 
 
 def _check_some_cells(

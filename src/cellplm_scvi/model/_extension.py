@@ -16,7 +16,7 @@ import torch
 from cellplm_scvi import _constants as c
 from cellplm_scvi.data._checks import some, warn
 from cellplm_scvi.data._fields import ABSENT, CovariateField
-from cellplm_scvi.data._vocabulary import MATCH_KEY, ORGANISM_KEY, UNNAMED_KEY, _gene_totals, gene_columns, match_genes
+from cellplm_scvi.data._vocabulary import OF_DATA, ORGANISM_KEY, UNNAMED_KEY, _gene_totals, gene_columns, match_genes
 from cellplm_scvi.nn import AnnotationHead
 from cellplm_scvi.nn._nb import log_total
 
@@ -191,7 +191,7 @@ def _grown_registry(
         mapping = np.concatenate([known, np.asarray(new, dtype=object)])
         state |= {CovariateField.CATEGORICAL_MAPPING_KEY: mapping, CovariateField.N_KNOWN_KEY: len(mapping)}
         fields[name] = {**fields[name], "state_registry": state}
-    state = {key: value for key, value in fields[c.X_KEY]["state_registry"].items() if key != MATCH_KEY}
+    state = {key: value for key, value in fields[c.X_KEY]["state_registry"].items() if key not in OF_DATA}
     names = np.concatenate([np.asarray(state["column_names"], dtype=object), np.asarray(genes, dtype=object)])
     fields[c.X_KEY] = {**fields[c.X_KEY], "state_registry": state | {"column_names": names, "n_vars": len(names)}}
     return {**registry, "field_registries": fields}

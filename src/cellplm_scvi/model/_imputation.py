@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import AnnOrMuData
-from cellplm_scvi.data._checks import some
+from cellplm_scvi.data._checks import check_library_size, check_sizes, some
 from cellplm_scvi.data._table import CellTable
 from cellplm_scvi.data._vocabulary import gene_columns
 from cellplm_scvi.model._embedding import fixed_draws
@@ -91,24 +91,26 @@ class ImputationMixin:
         """
         if not 0 <= regression_weight <= 1:
             raise ValueError(f"regression_weight={regression_weight} must be from 0 to 1.")
+        check_sizes(n_samples=n_samples)
+        check_library_size(library_size)
         self._check_if_trained(warn=False)  # type: ignore[attr-defined]
         adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
         columns, names = self._vocabulary(gene_list)
         rows = self._rows(adata.n_obs, indices)  # type: ignore[attr-defined]
         if return_std and n_samples == 1:
             n_samples = 25
-        profiles = self._panel_profiles()
         table = self._table(adata)  # type: ignore[attr-defined]
+        teachers = None if table.measured is None else self._teachers()
+        profiles = [] if teachers is None else self._panel_profiles(teachers)
         regressions: list[PanelRegression] = []
-        if regression_weight > 0 and profiles:
-            model_table = CellTable.from_manager(self.adata_manager)  # type: ignore[attr-defined]
-            regressions = fit_panel_regressions(table, model_table, columns)
+        if regression_weight > 0 and teachers is not None:
+            regressions = fit_panel_regressions(table, teachers, columns)
 
         asked = _Asked(rows, columns, n_samples, library_size, batch_size, regression_weight)
         known = np.ones((rows.size, columns.size), dtype=bool)
         if table.measured is not None and table.panel is not None:
             known = table.measured[table.panel[rows]][:, columns]
-        twice = not known.all() and self._taught_without_positions(table, rows)
+        twice = not known.all() and teachers is not None and self._taught_without_positions(table, teachers, rows)
         # what was not measured is taken from the second pass alone, and regressions change nothing else
         mean, deviation = self._imputed_rows(adata, asked, profiles, [] if twice else regressions)
         if twice:
@@ -156,16 +158,13 @@ class ImputationMixin:
                 deviations.append(values.std(0, correction=0).cpu().numpy())
         return np.concatenate(means), np.concatenate(deviations)
 
-    def _taught_without_positions(self, table: CellTable, rows: np.ndarray) -> bool:
+    def _taught_without_positions(self, table: CellTable, own: CellTable, rows: np.ndarray) -> bool:
         """Whether some of these cells have positions, and no cell has that teaches the genes that they lack."""
-        if not self._spatial_inputs.n_neighbours or table.coordinates is None or self.adata_manager is None:  # type: ignore[attr-defined]
-            return False
-        own = CellTable.from_manager(self.adata_manager)  # type: ignore[attr-defined]
-        if own.measured is None or own.panel is None or own.coordinates is None or table.measured is None:
+        if not self._spatial_inputs.n_neighbours or table.coordinates is None or own.coordinates is None:  # type: ignore[attr-defined]
             return False
         placed = rows[np.isfinite(table.coordinates[rows]).all(1)]
         lacking = ~table.measured[np.unique(table.panel[placed])]  # type: ignore[index]
-        teaches = (own.measured[None] & lacking[:, None]).any((0, 2))  # (n_panels,)
+        teaches = (own.measured[None] & lacking[:, None]).any((0, 2))  # type: ignore[index]
         return bool(teaches.any()) and not np.isfinite(own.coordinates[teaches[own.panel]]).any()
 
     def get_imputation_reliability(
@@ -180,14 +179,14 @@ class ImputationMixin:
         A second network like this one is trained, from which a share of the panel's genes is hidden in ``dataset``. Its
         predictions of them there are compared with the counts. For all genes, its predictions are also compared with the
         counts of the other data sets, when it is shown the panel's genes alone. A monotone regression of the former on the
-        latter gives what to expect of genes that cannot be checked.
+        latter gives what to expect of genes that cannot be checked. All that is random follows from ``scvi.settings.seed``.
 
         Parameters
         ----------
         dataset
             Data set whose imputation is judged; ``None`` is the one that measured the fewest genes.
         held_out
-            Share of the genes that it shares with others to hide, drawn by ``scvi.settings.seed``.
+            Share of the genes that it shares with others to hide.
         max_epochs, **train_kwargs
             Of :meth:`train`, for the second model.
 
@@ -221,14 +220,21 @@ class ImputationMixin:
             )
         return columns, wanted
 
-    def _panel_profiles(self) -> list[PanelProfile]:
-        """The data sets of the model's AnnData; the last stands for those, seen in training, of genes that it lacks."""
+    def _teachers(self) -> CellTable | None:
+        """The cells of the model's AnnData, if it has one; those that measured every gene are a panel as well."""
         manager = self.adata_manager  # type: ignore[attr-defined]
         if manager is None:
-            return []
+            return None
         table = CellTable.from_manager(manager)
-        if table.measured is None or table.panel is None:
-            return []
+        if table.measured is not None:
+            return table
+        whole = np.ones((1, table.counts.n_genes), dtype=bool)
+        return replace(table, measured=whole, panel=np.zeros(table.n_cells, dtype=np.int64))
+
+    def _panel_profiles(self, table: CellTable) -> list[PanelProfile]:
+        """The data sets of the model's AnnData; the last stands for those, seen in training, of genes that it lacks."""
+        manager = self.adata_manager  # type: ignore[attr-defined]
+        assert table.measured is not None  # for mypy
         device, decoder = self.module.device, self.module.decoder
         # the published decoder gives absent covariates the mean of what was learned
         tables = decoder.codes.items() if isinstance(decoder, BatchAwareDecoder) else ()

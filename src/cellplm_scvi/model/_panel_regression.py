@@ -10,6 +10,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor
 
+from cellplm_scvi.data._contexts import content_order
 from cellplm_scvi.data._table import CellTable
 
 #: most cells of a reference, genes of a panel, and cells that a mean is taken over
@@ -95,10 +96,10 @@ def fit_panel_regressions(table: CellTable, model_table: CellTable, columns: np.
     asked[columns] = True
     for panel in np.unique(table.panel):
         own = table.measured[panel]
-        own_rows = _some(np.flatnonzero(table.panel == panel), MAX_REFERENCE)
+        own_rows = _some(table, panel, MAX_REFERENCE)
         for reference, measured in enumerate(model_table.measured):
             shared, genes = np.flatnonzero(own & measured), np.flatnonzero(asked & ~own & measured)
-            rows = _some(np.flatnonzero(model_table.panel == reference), MAX_REFERENCE)
+            rows = _some(model_table, reference, MAX_REFERENCE)
             if shared.size < MIN_SHARED or genes.size == 0 or rows.size < MIN_REFERENCE:
                 continue
             fit = _fit(model_table.counts[rows], table.counts[own_rows], shared, genes, int(panel))
@@ -160,7 +161,7 @@ def centred(
     done = []
     for panel in sorted({regression.panel for regression in regressions}):
         of_panel = [regression for regression in regressions if regression.panel == panel]
-        rows = _some(np.flatnonzero(table.panel == panel), MAX_CELLS)
+        rows = _some(table, panel, MAX_CELLS)
         sums: list[Tensor | float] = [0.0] * len(of_panel)
         for shares in decode(rows):
             sums = [s + r.decoded(shares)[0].sum(0) for s, r in zip(sums, of_panel, strict=True)]
@@ -185,11 +186,10 @@ def blend(
     return result / n.clamp_min(1)
 
 
-def _some(rows: np.ndarray, at_most: int) -> np.ndarray:
-    """A random part, always the same, if there are too many."""
-    if rows.size <= at_most:
-        return rows
-    return np.sort(np.random.default_rng(0).choice(rows, at_most, replace=False))
+def _some(table: CellTable, panel: int, at_most: int) -> np.ndarray:
+    """Cells of a panel; a part that is as good as random, whatever the order of rows, if there are too many."""
+    rows = np.flatnonzero(table.panel == panel)
+    return rows if rows.size <= at_most else rows[content_order(table, rows)[:at_most]]
 
 
 def _log_normalised(counts: sp.csr_matrix, columns: np.ndarray, depth: float) -> tuple[sp.csr_matrix, np.ndarray]:

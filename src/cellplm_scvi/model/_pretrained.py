@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import torch
+from anndata import AnnData
 from mudata import MuData
 
 from cellplm_scvi import _constants as c
-from cellplm_scvi._compat import SCVI_UUID_KEY, AnnOrMuData, parse_device_args
+from cellplm_scvi._compat import SCVI_UUID_KEY, AnnOrMuData, check_view, parse_device_args
 from cellplm_scvi.data._checks import check_sizes, warn
 from cellplm_scvi.data._vocabulary import MATCH_KEY, ORGANISM_KEY
 from cellplm_scvi.genes._tables import Organism
@@ -282,6 +283,8 @@ class PretrainedMixin:
         return replace(report, genes=manager.get_state_registry(c.X_KEY).get(MATCH_KEY))
 
     def _validate_anndata(self, adata: AnnOrMuData | None = None, copy_if_view: bool = True) -> AnnOrMuData:
+        if isinstance(adata, AnnData | MuData):
+            check_view(adata)
         if self.adata_manager is not None:  # type: ignore[attr-defined]
             return super()._validate_anndata(adata, copy_if_view)  # type: ignore[misc]
         if adata is None:

@@ -15,7 +15,7 @@ from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import SCVI_UUID_KEY, AnnOrMuData, copy_if_view
 from cellplm_scvi.data._checks import check_column, some
 from cellplm_scvi.data._fields import CovariateField
-from cellplm_scvi.data._vocabulary import MATCH_KEY, UNNAMED_KEY
+from cellplm_scvi.data._vocabulary import OF_DATA, UNNAMED_KEY
 from cellplm_scvi.pretrained import PretrainedFileError, PublishedCheckpoint
 from cellplm_scvi.pretrained._own import CONFIG_FILE
 
@@ -58,7 +58,7 @@ def setup_of(
         raise TypeError(f"adata is of type {type(adata).__name__}; an AnnData of raw counts is needed.")
     manager = model_class._setup_adata_manager_store.get(adata.uns.get(SCVI_UUID_KEY))
     if manager is not None and manager.adata is not adata:
-        copy_if_view(adata, copy_if_view=True)
+        copy_if_view(adata)
         del adata.uns[SCVI_UUID_KEY]  # a copy of what was set up, which gets an entry of its own
     if manager is None and not isinstance(adata, AnnData):
         raise ValueError("Call setup_mudata on the MuData first, so that it is known where its counts are.")
@@ -168,7 +168,7 @@ def portable(registry: Mapping[str, Any]) -> dict[str, Any]:
     """The registry without what belongs to one AnnData."""
     fields = {}
     for name, field in registry["field_registries"].items():
-        state = {key: value for key, value in field["state_registry"].items() if key != MATCH_KEY}
+        state = {key: value for key, value in field["state_registry"].items() if key not in OF_DATA}
         if CovariateField.N_KNOWN_KEY in state:
             # samples carry no parameters, nor do categories that the model was not built with
             n_known = 0 if name == c.SAMPLE_KEY else state[CovariateField.N_KNOWN_KEY]

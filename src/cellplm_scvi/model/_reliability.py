@@ -13,6 +13,8 @@ from sklearn.isotonic import IsotonicRegression
 
 from cellplm_scvi.data._checks import as_csr, some
 
+from ._embedding import fixed_draws
+
 if TYPE_CHECKING:
     from ._cellplm import CellPLM
 
@@ -102,8 +104,9 @@ def _trained_on(
         # the counts of hidden genes are left out, as they should be
         warnings.filterwarnings("ignore", message=".*counts belong to genes that their data set did not measure.*")
         cls.setup_anndata(copy, **setup)
-        second = cls(copy, **init)
-        second.train(max_epochs, **train_kwargs)
+        with fixed_draws(anew=True):
+            second = cls(copy, **init)
+            second.train(max_epochs, **train_kwargs)
     return second
 
 
