@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 from anndata.abc import CSCDataset, CSRDataset
+from lightning.pytorch.loggers.tensorboard import _TENSORBOARD_AVAILABLE as HAS_TENSORBOARD
 from scvi._types import AnnOrMuData
 from scvi.data._constants import _SCVI_UUID_KEY as SCVI_UUID_KEY
 from scvi.data._utils import _check_if_view
@@ -36,6 +37,7 @@ def check_view(adata: AnnOrMuData) -> None:
 
 
 __all__ = [
+    "HAS_TENSORBOARD",
     "SCVI_UUID_KEY",
     "AnnOrMuData",
     "CSCDataset",

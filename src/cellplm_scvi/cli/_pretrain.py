@@ -10,10 +10,9 @@ import scvi
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.loggers.tensorboard import _TENSORBOARD_AVAILABLE
 from lightning.pytorch.utilities import rank_zero_only
 
-from cellplm_scvi._compat import SimpleLogger
+from cellplm_scvi._compat import HAS_TENSORBOARD, SimpleLogger
 from cellplm_scvi.data._checks import check_sizes, some
 from cellplm_scvi.data._streaming import CorpusDataModule
 from cellplm_scvi.model import CellPLM
@@ -246,6 +245,6 @@ class _NoteArguments(Callback):
 def _loggers(folder: Path) -> list[Any]:
     """CSV, and TensorBoard where it is installed; each call writes a version of its own."""
     loggers: list[Any] = [CSVLogger(folder, LOGS)]
-    if _TENSORBOARD_AVAILABLE:
+    if HAS_TENSORBOARD:
         loggers.append(TensorBoardLogger(str(folder), LOGS, version=loggers[0].version))
     return loggers

@@ -116,7 +116,7 @@ def check_names(adata: AnnData) -> None:
         names = adata.var_names[adata.var_names.duplicated()].unique()
         raise ValueError(
             f"var_names has {len(names):,} gene name{'s' * (len(names) > 1)} more than once ({some(names)}). Genes are "
-            "matched by name: call `adata.var_names_make_unique()`, or sum the rows of each gene, first."
+            "matched by name: call `adata.var_names_make_unique()`, or sum the columns of each gene, first."
         )
     if not adata.obs_names.is_unique:
         names = adata.obs_names[adata.obs_names.duplicated()].unique()

@@ -38,7 +38,7 @@ class Settings:
     slope
         Variance along the latent codes of contexts, which have unit mean square.
     context
-        Variance that each context has to itself.
+        Variance that each set of perturbed cells has to itself.
     attenuation
         Share of each element's change that remains in a perturbation of several.
     interaction
