@@ -31,6 +31,8 @@ class Minibatch(TypedDict, total=False):
     """Cells that count (the others are context), (n_cells,), boolean; absent: all."""
     marked: Tensor
     """Elements of the perturbation marked in each packed sample, (n_samples, n_elements), see ``PerturbationHead``."""
+    located: Tensor
+    """Which cells have a position, (n_cells,), boolean; absent: none."""
     coordinates: Tensor
     """Position in the sample scaled to [0, 1], (n_cells, n_dims), NaN where unknown."""
     neighbours: Tensor

@@ -163,6 +163,7 @@ def test_a_minibatch_holds_what_the_table_holds(spatial_model):
             others = row[row >= 0]
             assert cell not in others
             assert (table.sample[request.rows[others]] == table.sample[request.rows[cell]]).all()
+        np.testing.assert_array_equal(batch["located"], np.isfinite(xy[request.rows, 0]))
         where = batch["coordinates"].numpy()
         np.testing.assert_array_equal(np.isnan(where[:, 0]), np.isnan(xy[request.rows, 0]))
         assert np.nanmin(where) >= 0

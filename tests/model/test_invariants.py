@@ -207,6 +207,33 @@ def test_spatial_grids_do_not_depend_on_the_order_of_rows(make_tissues, build, t
     np.testing.assert_allclose(embed(model, model.adata[order].copy()), embed(model)[order], **TOLERANCE)
 
 
+@pytest.mark.parametrize("position", ["local", "none"])
+def test_cells_are_marked_for_having_no_position_not_for_having_no_neighbour(make_tissues, build, train, position):
+    """An MLP sees one cell at a time; with one cell a sample there are no neighbours either."""
+    adata = make_tissues(20, n_samples=1, spatial=True)
+    adata.obsm["spatial"][10:] = np.nan
+    adata.obs["sample"] = [f"sample{i}" for i in range(20)]
+    model = train(build(adata, encoder="mlp", position=position))
+    torch.nn.init.normal_(model.module.position.no_position)
+    nowhere = model.adata.copy()
+    nowhere.obsm["spatial"][:] = np.nan
+    changed = np.abs(embed(model, nowhere) - embed(model)).max(1)
+    assert changed[:10].min() > 1e-3
+    np.testing.assert_allclose(changed[10:], 0, atol=1e-5)
+
+
+def test_cells_seen_over_the_border_of_a_tile_have_a_position(make_tissues, build, train):
+    """Without global attention, one layer embeds a cell by its neighbours: tiles change nothing."""
+    adata = make_tissues(60, n_samples=1, spatial=True)
+    # the nearest of each is the one before it, whose own nearest may lie outside of the tile
+    adata.obsm["spatial"] = 1.1 ** np.arange(60)[:, None] * [1.0, 0.0]
+    model = train(build(adata, encoder="mlp", n_layers=1, n_neighbours=1, n_niche=0))
+    torch.nn.init.normal_(model.module.position.no_position)
+    whole = embed(model)
+    model.module.max_context = 15
+    np.testing.assert_allclose(embed(model), whole, **TOLERANCE)
+
+
 @pytest.mark.parametrize("encoder", ["flow", "softmax"])
 @pytest.mark.parametrize("latent", ["mixture", "gaussian", "deterministic"])
 def test_the_same_seed_gives_the_same_model(make_tissues, build, train, encoder, latent):

@@ -15,7 +15,16 @@ from torch import distributed
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ._checks import check_library
-from ._contexts import Context, NearestCells, nearest_cells, pack, rows_by_sample, training_contexts, whole_contexts
+from ._contexts import (
+    Context,
+    NearestCells,
+    located,
+    nearest_cells,
+    pack,
+    rows_by_sample,
+    training_contexts,
+    whole_contexts,
+)
 from ._table import CellTable
 
 if TYPE_CHECKING:
@@ -123,6 +132,8 @@ class CellDataset(Dataset):
 
     def _positions(self, rows: np.ndarray, counts: sp.csr_matrix, lengths: np.ndarray | None) -> dict[str, np.ndarray]:
         arrays: dict[str, np.ndarray] = {}
+        if self.table.coordinates is not None:
+            arrays["located"] = located(self.table.coordinates, rows)
         if self.scaled is not None:
             arrays["coordinates"] = self.scaled[rows]
         if self.nearest is None:

@@ -207,13 +207,13 @@ class CellPLMModule(BaseModuleClass):
         return mean[tensors["target"]] if "target" in tensors else mean
 
     def _coordinates(self, tensors: Minibatch) -> Tensor:
-        """Coordinates where the position code takes them; else only whether a cell has any neighbour."""
+        """Coordinates where the position code takes them; else only whether a cell has any."""
         if "coordinates" in tensors:
             return tensors["coordinates"]
         nowhere = torch.full_like(tensors["library"][:, None], torch.nan)
-        if "neighbours" not in tensors:
+        if "located" not in tensors:
             return nowhere
-        return torch.where((tensors["neighbours"] >= 0).any(1, keepdim=True), 0.0, nowhere)
+        return torch.where(tensors["located"][:, None], 0.0, nowhere)
 
     def _get_inference_input(self, tensors: Minibatch, **kwargs: Any) -> dict[str, Minibatch]:
         return {"tensors": tensors}
