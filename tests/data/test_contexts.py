@@ -5,20 +5,19 @@ from __future__ import annotations
 from itertools import chain
 
 import numpy as np
-import pytest
 import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cellplm_scvi.data._contexts import (
     Context,
-    nearest_cells,
     pack,
     rows_by_sample,
     tiles,
     training_contexts,
     whole_contexts,
 )
+from cellplm_scvi.data._nearest import nearest_cells
 from cellplm_scvi.data._table import CellTable, CountRows
 
 
@@ -88,9 +87,7 @@ def test_whole_contexts_depend_on_the_sample_alone(table, max_context, seed):
     def contexts_of(table: CellTable, targets: np.ndarray) -> dict[str, frozenset]:
         """The names of the cells that each counted cell sees."""
         nearest = (
-            None
-            if table.coordinates is None
-            else nearest_cells(table.coordinates, rows_by_sample(table.sample, everything), 4)
+            None if table.coordinates is None else nearest_cells(table, rows_by_sample(table.sample, everything), 4)
         )
         found = whole_contexts(table, everything, targets, max_context, nearest)
         return {
@@ -112,7 +109,7 @@ def test_a_slice_sees_the_neighbours_of_its_cells(table, k, max_context):
     if table.coordinates is None:
         return
     everything = np.arange(table.n_cells)
-    nearest = nearest_cells(table.coordinates, rows_by_sample(table.sample, everything), k)
+    nearest = nearest_cells(table, rows_by_sample(table.sample, everything), k)
     for context in whole_contexts(table, everything, everything, max_context, nearest):
         assert len(set(context.rows)) == len(context)
         wanted = nearest.index[context.rows[context.target]]
@@ -174,60 +171,6 @@ def test_tiles_are_compact():
     assert within < 0.2 * xy.var(0).sum()
 
 
-@given(
-    st.integers(1, 40), st.integers(1, 12), st.integers(0, 2**32 - 1), st.sampled_from(["free", "grid", "same", "nan"])
-)
-def test_nearest_cells_are_those_of_a_full_table_of_distances(n, k, seed, layout):
-    rng = np.random.default_rng(seed)
-    xy = rng.normal(size=(n, 2))
-    if layout == "grid":
-        xy = rng.integers(3, size=(n, 2)).astype(float)
-    elif layout == "same":
-        xy[:] = 1.0
-    elif layout == "nan":
-        xy[rng.random(n) < 0.5] = np.nan
-    sample = rng.integers(2, size=n)
-    found = nearest_cells(xy, rows_by_sample(sample, np.arange(n)), k)
-    distance = np.linalg.norm(xy[:, None] - xy[None], axis=-1)
-    distance[(sample[:, None] != sample[None]) | np.eye(n, dtype=bool) | ~np.isfinite(distance)] = np.inf
-    for row in range(n):
-        near = found.index[row][found.index[row] >= 0]
-        assert row not in near
-        assert len(set(near)) == len(near)
-        assert np.isfinite(distance[row, near]).all()
-        left = np.delete(distance[row], near)
-        if near.size < k:  # those left out are as far as each other or further than all that are in
-            assert near.size == 0 or distance[row, near].max() <= left.min() + 1e-9
-        else:
-            np.testing.assert_allclose(np.sort(distance[row, near]), np.sort(distance[row])[:k])
-    assert np.isfinite(found.distance).all()
-    assert (found.distance >= 0).all()
-
-
-@pytest.mark.parametrize("k", [3, 6, 10])
-@pytest.mark.parametrize("layout", ["square", "hexagonal"])
-def test_nearest_cells_on_a_grid_do_not_depend_on_the_order_of_rows(layout, k):
-    """On a grid the k-th neighbour is one of several at the same distance."""
-    i, j = np.divmod(np.arange(64), 8)
-    xy = np.stack(
-        [i * (np.sqrt(0.75) if layout == "hexagonal" else 1.0), j + 0.5 * (i % 2) * (layout == "hexagonal")], 1
-    )
-    order = np.random.default_rng(0).permutation(64)
-    first = nearest_cells(xy, [np.arange(64)], k)
-    second = nearest_cells(xy[order], [np.arange(64)], k)
-    for new, old in enumerate(order):
-        a, b = first.index[old], second.index[new]
-        assert set(a[a >= 0]) == set(order[b[b >= 0]])
-
-
-@given(st.floats(1e-3, 1e3), st.integers(0, 2**32 - 1))
-def test_distances_have_no_unit(scale, seed):
-    xy = np.random.default_rng(seed).normal(size=(30, 2))
-    a, b = (nearest_cells(points, [np.arange(30)], 5) for points in (xy, xy * scale))
-    np.testing.assert_allclose(a.distance, b.distance, rtol=1e-4)
-    np.testing.assert_array_equal(a.index, b.index)
-
-
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=50), st.integers(0, 2**32 - 1))
 def test_rows_by_sample_split_rows_in_their_order(sample, seed):
     codes = np.array(sample)
@@ -241,7 +184,7 @@ def test_rows_by_sample_split_rows_in_their_order(sample, seed):
 def test_the_pool_hides_the_other_cells():
     table = make_table(np.random.default_rng(0), 40, 3, 1.0)
     pool, targets = np.arange(0, 40, 2), np.arange(0, 40, 4)
-    nearest = nearest_cells(table.coordinates, rows_by_sample(table.sample, pool), 4)
+    nearest = nearest_cells(table, rows_by_sample(table.sample, pool), 4)
     contexts = whole_contexts(table, pool, targets, 6, nearest)
     assert set(np.concatenate([c.rows for c in contexts])) <= set(pool)
     assert sorted(np.concatenate([c.rows[c.target] for c in contexts])) == list(targets)

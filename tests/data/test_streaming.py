@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cellplm_scvi import CellPLM
 from cellplm_scvi.data import CorpusDataModule, build_corpus
-from cellplm_scvi.data._stream_cells import whole_units
+from cellplm_scvi.data._stream_cells import _AsRead, whole_units
 from cellplm_scvi.data._stream_plan import EpochPlan
 
 pytest.importorskip("annbatch")
@@ -111,6 +112,13 @@ def dissociated(tmp_path, tissues):
     return build_corpus(tissues, tmp_path / "d", shard_size=40, progress=False, **KEYS)
 
 
+@pytest.fixture
+def grid(tmp_path, sections):
+    """Cells on a coarse grid, several in one place: distances and axes do not decide."""
+    sections.obsm["spatial"] = (sections.obsm["spatial"] / 60).round()
+    return build_corpus(sections, tmp_path / "g", shard_size=40, progress=False, spatial_key="spatial", **KEYS)
+
+
 def model_of(corpus: Any, **arguments: Any) -> CellPLM:
     model = CellPLM(registry=corpus.registry, **(TINY | arguments))
     model.is_trained_ = True
@@ -127,7 +135,7 @@ def anndata_model(corpus: Any, model: CellPLM, **arguments: Any) -> CellPLM:
     return same
 
 
-@pytest.mark.parametrize("kind", ["corpus", "dissociated"])
+@pytest.mark.parametrize("kind", ["corpus", "grid", "dissociated"])
 @pytest.mark.parametrize("max_context", [8192, 20])
 def test_a_model_starts_and_embeds_as_with_an_anndata(request, kind, max_context):
     corpus = request.getfixturevalue(kind)
@@ -156,6 +164,12 @@ def test_minibatches_are_those_of_the_in_memory_loader(corpus):
         assert ours[name].shape[1:] == theirs[name].shape[1:], name
     for name in ("library", "batch", "platform", "dataset", "values"):
         np.testing.assert_allclose(np.sort(ours[name]), np.sort(theirs[name]))
+
+
+def test_counts_of_a_minibatch_come_in_the_order_asked_for():
+    counts = sp.csr_matrix(np.arange(12.0).reshape(4, 3))
+    for rows in (np.arange(4), np.array([2, 0, 3, 1]), np.array([1, 3])):
+        np.testing.assert_array_equal(_AsRead(counts)[rows].toarray(), counts[rows].toarray())
 
 
 def test_workers_do_not_change_minibatches(corpus):

@@ -199,12 +199,27 @@ def test_cells_without_position_do_not_depend_on_positions_elsewhere(spatial_mod
     np.testing.assert_allclose(embed(spatial_model, adata[loose].copy()), together, **TOLERANCE)
 
 
-def test_spatial_grids_do_not_depend_on_the_order_of_rows(make_tissues, build, train):
+def places(name: str) -> np.ndarray:
+    """64 places on a square or hexagonal grid, or few that cells share."""
+    i, j = np.divmod(np.arange(64), 8)
+    if name == "shared":
+        return np.random.default_rng(0).normal(size=(8, 2))[j]
+    return np.stack([i, j] if name == "square" else [0.75**0.5 * i, j + 0.5 * (i % 2)], 1).astype(float)
+
+
+@pytest.mark.parametrize("layout", ["square", "hexagonal", "shared"])
+@pytest.mark.parametrize("sizes", [{"n_neighbours": 6}, {"n_neighbours": 4, "n_niche": 4}, {"n_neighbours": 10}])
+def test_neither_rows_nor_frame_nor_unit_of_a_grid_matter(make_tissues, build, train, layout, sizes):
     adata = make_tissues(64, n_samples=1, spatial=True)
-    adata.obsm["spatial"] = np.stack(np.divmod(np.arange(64), 8), 1).astype(float)
-    model = train(build(adata, n_neighbours=10, max_context=20))
+    adata.obsm["spatial"] = places(layout)
+    model = train(build(adata, **sizes))
+    z = embed(model)
     order = np.random.default_rng(0).permutation(64)
-    np.testing.assert_allclose(embed(model, model.adata[order].copy()), embed(model)[order], **TOLERANCE)
+    np.testing.assert_allclose(embed(model, model.adata[order].copy()), z[order], **TOLERANCE)
+    for turn in ([[-1, 0], [0, 1]], [[0, 1], [-1, 0]], [[0.6, 0.8], [-0.8, 0.6]], [[1000, 0], [0, 1000]]):
+        moved = model.adata.copy()
+        moved.obsm["spatial"] = moved.obsm["spatial"] @ np.array(turn)
+        np.testing.assert_allclose(embed(model, moved), z, **TOLERANCE)
 
 
 @pytest.mark.parametrize("position", ["local", "none"])

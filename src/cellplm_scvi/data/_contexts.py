@@ -11,14 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
-from scipy.spatial import cKDTree
 
-from ._checks import CHUNK_ROWS
+from ._content import content_order
+from ._nearest import NearestCells, located
 from ._table import CellTable
-
-#: distances closer to each other than this share count as equal
-TIE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -40,65 +36,11 @@ class Context:
         return self.rows.shape[0]
 
 
-@dataclass(frozen=True)
-class NearestCells:
-    """The k nearest cells of each cell inside its sample.
-
-    Parameters
-    ----------
-    index
-        Rows of the neighbours, (n_cells, k), -1 where there is none.
-    distance
-        Distances in units of the sample's typical spacing of cells, (n_cells, k), float32.
-    """
-
-    index: np.ndarray
-    distance: np.ndarray
-
-
 def rows_by_sample(sample: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
     """Split rows into those of each sample, keeping their order."""
     order = np.argsort(sample[rows], kind="stable")
     _, starts = np.unique(sample[rows][order], return_index=True)
     return np.split(rows[order], starts[1:])
-
-
-def located(coordinates: np.ndarray | None, rows: np.ndarray) -> np.ndarray:
-    """Which rows have a position, (n,)."""
-    if coordinates is None:
-        return np.zeros(rows.shape[0], dtype=bool)
-    return np.isfinite(coordinates[rows]).all(1)
-
-
-def nearest_cells(coordinates: np.ndarray, samples: Sequence[np.ndarray], n_neighbours: int) -> NearestCells:
-    """The nearest cells within each sample.
-
-    The unit of distance is the sample's median distance to the fifth neighbour, so that coordinates may be in pixels or
-    micrometres. Of cells at the same distance, all are neighbours or none is (unless none at all would be left): on a grid,
-    such as that of Visium, it must not be the order of rows that decides.
-    """
-    n_cells = coordinates.shape[0]
-    index = np.full((n_cells, n_neighbours), -1, dtype=np.int64)
-    distance = np.zeros((n_cells, n_neighbours), dtype=np.float32)
-    for rows in samples:
-        rows = rows[located(coordinates, rows)]
-        if rows.shape[0] < 2:
-            continue
-        rows = rows[np.lexsort(coordinates[rows].T)]
-        k = min(n_neighbours, rows.shape[0] - 1)
-        n_asked = min(k + 2, rows.shape[0])  # the cell itself, and one more than needed
-        far, near = cKDTree(coordinates[rows]).query(coordinates[rows], k=n_asked, workers=-1)
-        # Cells in the same place may list each other before themselves; a cell is never its own neighbour.
-        own = near == np.arange(rows.shape[0])[:, None]
-        own[~own.any(1), -1] = True
-        far, near = far[~own].reshape(-1, n_asked - 1), near[~own].reshape(-1, n_asked - 1)
-        unit = np.median(far[:, min(4, k - 1)])
-        unit = unit if unit > 0 else max(float(far[:, :k].max()), 1.0)
-        nearer = far[:, :k] < far[:, k:] * (1 - TIE) if n_asked - 1 > k else np.ones((rows.shape[0], k), dtype=bool)
-        nearer[~nearer.any(1)] = True
-        index[rows, :k] = np.where(nearer, rows[near[:, :k]], -1)
-        distance[rows, :k] = np.where(nearer, far[:, :k] / unit, 0.0)
-    return NearestCells(index, distance)
 
 
 def tiles(coordinates: np.ndarray, n_tiles: int, rng: np.random.Generator | None = None) -> list[np.ndarray]:
@@ -169,26 +111,6 @@ def slices(
     return [np.concatenate([part, others]) for part, others in zip(parts, dealt, strict=True)]
 
 
-def content_order(table: CellTable, rows: np.ndarray) -> np.ndarray:
-    """An order of cells that depends on their counts (then on their names) alone, not on their rows."""
-    keys = [
-        content_keys(table.counts[rows[start : start + CHUNK_ROWS]]) for start in range(0, rows.shape[0], CHUNK_ROWS)
-    ]
-    names = pd.util.hash_array(table.names[rows].astype(object))
-    return np.lexsort((names, np.concatenate(keys)))
-
-
-def content_keys(counts: sp.csr_matrix) -> np.ndarray:
-    """A pseudo-random number of each cell that its counts alone decide, (n_cells,).
-
-    It is the sum over the cell's counts, (n_cells, n_genes), of a pseudo-random integer for each gene, modulo 2^64.
-    """
-    code = np.random.default_rng(0).integers(1, 2**63, size=counts.shape[1], dtype=np.uint64)
-    products = counts.data.astype(np.uint64) * code[counts.indices]
-    sums = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum(products, dtype=np.uint64)])
-    return sums[counts.indptr[1:]] - sums[counts.indptr[:-1]]
-
-
 def whole_contexts(
     table: CellTable, pool: np.ndarray, targets: np.ndarray, max_context: int, nearest: NearestCells | None
 ) -> list[Context]:
@@ -234,8 +156,7 @@ def _fixed_slices(
     parts = slices(placed, loose, -(-rows.shape[0] // max_context), table.coordinates)
     if nearest is None:
         return [(part, part) for part in parts]
-    around = [np.setdiff1d(nearest.index[part], part) for part in parts]
-    return [(part, np.concatenate([part, near[near >= 0]])) for part, near in zip(parts, around, strict=True)]
+    return [(part, np.concatenate([part, nearest.around(part)])) for part in parts]
 
 
 def training_contexts(table: CellTable, pool: np.ndarray, context_size: int, rng: np.random.Generator) -> list[Context]:

@@ -13,9 +13,11 @@ import pandas as pd
 import scipy.sparse as sp
 
 from ._checks import check_counts, check_library, some, warn
-from ._contexts import content_keys, located, rows_by_sample, tiles
+from ._content import content_keys
+from ._contexts import rows_by_sample, tiles
 from ._corpus import FORMAT, FORMAT_VERSION
 from ._corpus_source import Cells, Source, opened
+from ._nearest import located
 from ._vocabulary import MIN_COUNTS_COVERED, logger, match_genes
 
 #: cells of the smallest tiles that a spatial sample is ordered by

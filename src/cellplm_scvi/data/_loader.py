@@ -15,16 +15,8 @@ from torch import distributed
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ._checks import check_library
-from ._contexts import (
-    Context,
-    NearestCells,
-    located,
-    nearest_cells,
-    pack,
-    rows_by_sample,
-    training_contexts,
-    whole_contexts,
-)
+from ._contexts import Context, pack, rows_by_sample, training_contexts, whole_contexts
+from ._nearest import NearestCells, located, nearest_cells
 from ._table import CellTable
 
 if TYPE_CHECKING:
@@ -138,11 +130,10 @@ class CellDataset(Dataset):
             arrays["coordinates"] = self.scaled[rows]
         if self.nearest is None:
             return arrays
-        neighbours = self._places(self.nearest.index[rows], rows, lengths)
-        arrays["neighbours"] = neighbours[:, : self.spatial.n_neighbours]
-        arrays["distances"] = self.nearest.distance[rows][:, : self.spatial.n_neighbours]
+        arrays["neighbours"] = self._places(self.nearest.index[rows], rows, lengths)
+        arrays["distances"] = self.nearest.distance[rows]
         if self.spatial.n_niche:
-            near = neighbours[:, : self.spatial.n_niche]
+            near = self._places(self.nearest.niche[rows], rows, lengths)
             cells, nth = np.nonzero(near >= 0)
             adjacency = sp.csr_matrix(
                 (np.ones(cells.shape[0], np.float32), (cells, near[cells, nth])), shape=(rows.shape[0],) * 2
@@ -310,7 +301,6 @@ def training_loader(
 
 
 def _nearest(table: CellTable, spatial: SpatialInputs, pool: np.ndarray) -> NearestCells | None:
-    k = max(spatial.n_neighbours, spatial.n_niche)
-    if k == 0 or table.coordinates is None:
+    if table.coordinates is None or not (spatial.n_neighbours or spatial.n_niche):
         return None
-    return nearest_cells(table.coordinates, rows_by_sample(table.sample, pool), k)
+    return nearest_cells(table, rows_by_sample(table.sample, pool), spatial.n_neighbours, spatial.n_niche)

@@ -14,10 +14,11 @@ import scipy.sparse as sp
 from cellplm_scvi import _constants as c
 
 from ._checks import some, warn
-from ._contexts import NearestCells, nearest_cells, rows_by_sample, whole_contexts
+from ._contexts import whole_contexts
 from ._corpus import Corpus
 from ._fields import CovariateField, report_genes
-from ._loader import CellDataset, MinibatchRows, SpatialInputs
+from ._loader import CellDataset, MinibatchRows, SpatialInputs, _nearest
+from ._nearest import NearestCells
 from ._stream_plan import Runs, preloads
 from ._table import CellTable, CountRows
 from ._vocabulary import UNNAMED_KEY, gene_columns
@@ -160,10 +161,7 @@ class CorpusCells:
 
     def nearest(self, table: CellTable) -> NearestCells | None:
         """Nearest cells within the samples of a table."""
-        k = max(self.spatial.n_neighbours, self.spatial.n_niche)
-        if k == 0 or table.coordinates is None:
-            return None
-        return nearest_cells(table.coordinates, rows_by_sample(table.sample, np.arange(table.n_cells)), k)
+        return _nearest(table, self.spatial, np.arange(table.n_cells))
 
     def training(self, batches: list[Runs]) -> Iterator[Minibatch]:
         """Minibatches of a plan."""
@@ -200,7 +198,7 @@ class CorpusCells:
 
 
 class _AsRead:
-    """Counts of a minibatch that are asked for once, all in their order: nothing is copied, or checked again."""
+    """Counts of a minibatch: nothing is copied, or checked again, where all are asked for in their order."""
 
     def __init__(self, counts: sp.csr_matrix):
         # scipy's astype would copy the indices too
@@ -208,7 +206,7 @@ class _AsRead:
         self.counts, self.shape = sp.csr_matrix(parts, shape=counts.shape, copy=False), counts.shape
 
     def __getitem__(self, rows: np.ndarray) -> sp.csr_matrix:
-        return self.counts if rows.shape[0] == self.shape[0] else self.counts[rows]
+        return self.counts if np.array_equal(rows, np.arange(self.shape[0])) else self.counts[rows]
 
 
 class _OnDisk:
