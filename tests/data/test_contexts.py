@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import chain
 
 import numpy as np
+import pytest
 import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -154,15 +155,60 @@ def test_tiles_partition_the_cells(n, max_size, n_dims, seed, drawn):
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+def moved(xy: np.ndarray, angle: float, mirror: bool) -> np.ndarray:
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    if mirror:
+        turn[:, 0] *= -1
+    return np.concatenate([xy[:, :2] @ turn.T + [100.0, 30.0], xy[:, 2:]], 1)
+
+
 @given(st.integers(10, 80), st.floats(0, 2 * np.pi), st.booleans(), st.integers(0, 2**32 - 1))
 def test_tiles_move_with_the_section(n, angle, mirror, seed):
     rng = np.random.default_rng(seed)
     xy = rng.normal(size=(n, 2)) * [5, 2] + rng.gamma(1, 3, size=(n, 2))
-    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    if mirror:
-        turn[:, 0] *= -1
-    moved = xy @ turn.T + rng.normal(size=2) * 100
-    assert {frozenset(part) for part in tiles(xy, 7)} == {frozenset(part) for part in tiles(moved, 7)}
+    parts = tiles(moved(xy, angle, mirror), 7)
+    assert {frozenset(part) for part in tiles(xy, 7)} == {frozenset(part) for part in parts}
+
+
+SYMMETRIC = {
+    "square": np.stack(np.divmod(np.arange(144.0), 12), 1),
+    "rectangle": np.stack(np.divmod(np.arange(140.0), 10), 1),
+    "hexagonal": np.stack([np.arange(144) % 12 + np.arange(144) // 12 % 2 / 2, np.arange(144) // 12 * 0.75**0.5], 1),
+    "line": np.stack([np.arange(50.0), np.zeros(50)], 1),
+    "box": np.stack(np.unravel_index(np.arange(216), (6, 6, 6)), 1).astype(float),
+    "plane in space": np.stack([*np.divmod(np.arange(144.0), 12), np.full(144, 5.0)], 1),
+}
+
+
+@pytest.mark.parametrize("layout", SYMMETRIC)
+@given(st.floats(0, 2 * np.pi), st.booleans(), st.integers(0, 2**32 - 1))
+def test_tiles_of_a_grid_move_with_it(layout, angle, mirror, seed):
+    """Its axes and their signs are a matter of rounding; the counts of the cells decide."""
+    xy = SYMMETRIC[layout]
+    n = len(xy)
+    counts = sp.csr_matrix(np.random.default_rng(seed).poisson(1.0, (n, 8)).astype(np.float32))
+    first, second = (
+        CellTable(
+            counts=CountRows(counts, np.arange(8), 8),
+            covariates={},
+            sample=np.zeros(n, dtype=np.int64),
+            names=np.array([f"c{i}" for i in range(n)]),
+            coordinates=points,
+        )
+        for points in (xy, moved(xy, angle, mirror))
+    )
+    everything = np.arange(n)
+    found = [
+        {frozenset(context.rows) for context in whole_contexts(table, everything, everything, 20, None)}
+        for table in (first, second)
+    ]
+    assert found[0] == found[1]
+
+
+def test_counts_are_looked_at_only_where_coordinates_do_not_decide(monkeypatch):
+    table = make_table(np.random.default_rng(0), 60, 1, 1.0)
+    monkeypatch.setattr(CountRows, "__getitem__", None)
+    whole_contexts(table, np.arange(60), np.arange(60), 10, None)
 
 
 def test_tiles_are_compact():

@@ -208,7 +208,9 @@ def places(name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("layout", ["square", "hexagonal", "shared"])
-@pytest.mark.parametrize("sizes", [{"n_neighbours": 6}, {"n_neighbours": 4, "n_niche": 4}, {"n_neighbours": 10}])
+@pytest.mark.parametrize(
+    "sizes", [{"n_neighbours": 6}, {"n_neighbours": 4, "n_niche": 4}, {"n_neighbours": 10, "max_context": 20}]
+)
 def test_neither_rows_nor_frame_nor_unit_of_a_grid_matter(make_tissues, build, train, layout, sizes):
     adata = make_tissues(64, n_samples=1, spatial=True)
     adata.obsm["spatial"] = places(layout)

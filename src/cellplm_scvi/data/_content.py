@@ -16,6 +16,11 @@ def content_order(table: CellTable, rows: np.ndarray) -> np.ndarray:
     return np.lexsort((names, _keys_of(table, rows)))
 
 
+def content_weights(table: CellTable, rows: np.ndarray) -> np.ndarray:
+    """A pseudo-random weight in [0, 1] of each cell that its counts alone decide, (n,)."""
+    return _keys_of(table, rows) / 2.0**64
+
+
 def content_keys(counts: sp.csr_matrix) -> np.ndarray:
     """A pseudo-random number of each cell that its counts alone decide, (n_cells,).
 

@@ -6,15 +6,19 @@ rows, of the other samples or of what a call asks for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
 import numpy as np
 import pandas as pd
 
-from ._content import content_order
+from ._content import content_order, content_weights
 from ._nearest import NearestCells, located
 from ._table import CellTable
+
+#: what is smaller than this, as a share of what it is of, is a matter of rounding
+SYMMETRIC = 1e-6
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,12 @@ def rows_by_sample(sample: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
     return np.split(rows[order], starts[1:])
 
 
-def tiles(coordinates: np.ndarray, n_tiles: int, rng: np.random.Generator | None = None) -> list[np.ndarray]:
+def tiles(
+    coordinates: np.ndarray,
+    n_tiles: int,
+    rng: np.random.Generator | None = None,
+    weight: Callable[[], np.ndarray] | None = None,
+) -> list[np.ndarray]:
     """Cut cells into compact tiles of equal size (to one cell) by halving across the widest direction.
 
     Parameters
@@ -55,6 +64,8 @@ def tiles(coordinates: np.ndarray, n_tiles: int, rng: np.random.Generator | None
     rng
         Draws the direction of each cut; ``None`` takes the principal axis, so that a shift, rotation or mirror image of
         the sample has the same tiles.
+    weight
+        Gives weights of the cells, (n,), that decide on the axes of a symmetric set of cells, such as a grid.
 
     Returns
     -------
@@ -66,12 +77,8 @@ def tiles(coordinates: np.ndarray, n_tiles: int, rng: np.random.Generator | None
             return [rows]
         points = coordinates[rows] - coordinates[rows].mean(0)
         if rng is None:
-            axes = np.linalg.svd(points.T @ points)[0]
-            projected = points @ axes
-            skew = (projected**3).sum(0)
-            projected *= np.where(skew < 0, -1.0, 1.0)
-            projected = np.round(projected / max(np.abs(projected).max(), 1e-12), 9)
-            order = np.lexsort(projected.T[::-1])
+            along = _along_axes(points, lambda: np.ones(rows.shape[0]) if weight is None else weight()[rows])
+            order = np.lexsort(_levels(along).T[::-1])
         else:
             order = np.argsort(points @ rng.normal(size=points.shape[1]), kind="stable")
         first = n_tiles // 2
@@ -81,12 +88,40 @@ def tiles(coordinates: np.ndarray, n_tiles: int, rng: np.random.Generator | None
     return cut(np.arange(coordinates.shape[0]), n_tiles)
 
 
+def _along_axes(points: np.ndarray, weight: Callable[[], np.ndarray]) -> np.ndarray:
+    """Centred points, (n, n_dims), along their principal axes, the widest first, each towards its longer tail.
+
+    Where the points are as wide in two directions, or their tails as long, those of the weighted points are taken.
+    Axes that the points do not extend along are left out.
+    """
+    spread, axes = np.linalg.eigh(points.T @ points)
+    wide = spread >= SYMMETRIC**2 * spread[-1]
+    if (np.diff(spread[wide]) <= SYMMETRIC * spread[-1]).any():
+        spread, axes = np.linalg.eigh((points * weight()[:, None]).T @ points)
+    along = points @ axes[:, wide][:, ::-1]
+    cubes = along**3
+    skew = cubes.sum(0)
+    if (even := np.abs(skew) <= SYMMETRIC * np.abs(cubes).sum(0)).any():
+        skew = np.where(even, weight() @ cubes, skew)
+    return along * np.where(skew < 0, -1.0, 1.0)
+
+
+def _levels(values: np.ndarray) -> np.ndarray:
+    """Ranks in each column, (n, n_columns); values that only rounding tells apart share one."""
+    order = values.argsort(0)
+    steps = np.diff(np.take_along_axis(values, order, 0), axis=0) > 1e-9 * np.abs(values).max()
+    ranks = np.zeros(values.shape, dtype=np.int64)
+    np.put_along_axis(ranks, order[1:], steps.cumsum(0), 0)
+    return ranks
+
+
 def slices(
     placed: np.ndarray,
     loose: np.ndarray,
     n_slices: int,
     coordinates: np.ndarray | None,
     rng: np.random.Generator | None = None,
+    weight: Callable[[], np.ndarray] | None = None,
 ) -> list[np.ndarray]:
     """Cut a sample into slices of equal size (to one cell): compact tiles of the cells with a position, and others.
 
@@ -96,12 +131,12 @@ def slices(
         Rows with and without a position; the latter are dealt out in their order.
     n_slices
         Number of slices, at most that of the cells.
-    coordinates, rng
-        As in :func:`tiles`; coordinates of all rows.
+    coordinates, rng, weight
+        As in :func:`tiles`; coordinates of all rows, weights of those with a position.
     """
     parts = [np.empty(0, dtype=np.int64)] * n_slices
     if placed.size:
-        cut = tiles(coordinates[placed], min(n_slices, placed.size), rng)  # type: ignore[index]
+        cut = tiles(coordinates[placed], min(n_slices, placed.size), rng, weight)  # type: ignore[index]
         parts[: len(cut)] = [placed[tile] for tile in cut]
     sizes = np.array([part.shape[0] for part in parts])
     total, more = divmod(placed.shape[0] + loose.shape[0], n_slices)
@@ -148,12 +183,13 @@ def _fixed_slices(
         return [(rows, rows)]
     has_position = located(table.coordinates, rows)
     placed, loose = rows[has_position], rows[~has_position]
-    if placed.size:  # one order for the same cells: on a grid, the principal axes are a matter of rounding errors
+    if placed.size:  # one order for the same cells: sums round alike, and cells of one place are cut by name
         names = pd.util.hash_array(table.names[placed].astype(object))
         placed = placed[np.lexsort((names, *table.coordinates[placed].T))]  # type: ignore[index]
     if loose.size:
         loose = loose[content_order(table, loose)]
-    parts = slices(placed, loose, -(-rows.shape[0] // max_context), table.coordinates)
+    weight = cache(partial(content_weights, table, placed))
+    parts = slices(placed, loose, -(-rows.shape[0] // max_context), table.coordinates, weight=weight)
     if nearest is None:
         return [(part, part) for part in parts]
     return [(part, np.concatenate([part, nearest.around(part)])) for part in parts]
