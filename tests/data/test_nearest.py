@@ -151,3 +151,11 @@ def test_the_unit_is_the_distance_to_the_fifth_neighbour_however_many_there_are(
     assert np.median(ten[:, 4]) == pytest.approx(1.0)
     for k in (1, 3, 6):
         np.testing.assert_allclose(nearest(table, k).distance, ten[:, :k], rtol=1e-6)
+
+
+def test_more_neighbours_than_cells_take_no_memory():
+    """Of a size that a file may claim, only what the largest sample has is made."""
+    table = table_at(np.random.default_rng(0).random((30, 2)))
+    found = nearest_cells(table, [np.arange(20), np.arange(20, 30)], 10**12, 10**12)
+    assert found.index.shape == found.niche.shape == (30, 19)
+    assert (found.index[20:] >= 0).sum(1).tolist() == [9] * 10

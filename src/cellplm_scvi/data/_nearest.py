@@ -67,15 +67,17 @@ def nearest_cells(table: CellTable, samples: Sequence[np.ndarray], n_neighbours:
     samples
         Rows of each sample.
     n_neighbours, n_niche
-        Most cells that a cell attends to, and whose counts are summed.
+        Most cells that a cell attends to, and whose counts are summed; no more than the largest sample has take memory.
     """
+    samples = [rows[located(table.coordinates, rows)] for rows in samples]
+    most = max([2, *(rows.shape[0] for rows in samples)]) - 1
+    n_neighbours, n_niche = min(n_neighbours, most), min(n_niche, most)
     found = NearestCells(
         index=np.full((table.n_cells, n_neighbours), -1, dtype=np.int64),
         distance=np.zeros((table.n_cells, n_neighbours), dtype=np.float32),
         niche=np.full((table.n_cells, n_niche), -1, dtype=np.int64),
     )
     for rows in samples:
-        rows = rows[located(table.coordinates, rows)]
         if rows.shape[0] < 2:
             continue
         points: np.ndarray = table.coordinates[rows]  # type: ignore[index]
