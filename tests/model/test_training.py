@@ -322,6 +322,15 @@ def test_the_divergence_rises_by_steps_if_asked_for(tissues, build, train):
     assert weights[1] == 1
 
 
+def test_the_divergence_rises_through_all_epochs_by_default(tissues, build, train):
+    """Once: a model that is trained further does not begin again."""
+    model = train(build(tissues), max_epochs=4)
+    assert model.trainer.lightning_module.n_epochs_kl_warmup == 4
+    train(model, max_epochs=2)
+    assert model.trainer.lightning_module.n_epochs_kl_warmup is None
+    assert model.trainer.lightning_module.kl_weight == 1
+
+
 @pytest.mark.parametrize("n_samples", [2, 4])
 def test_one_of_few_samples_is_held_out(make_tissues, build, train, n_samples):
     adata = make_tissues(60, n_samples=n_samples)

@@ -169,9 +169,9 @@ class TrainingMixin:
         defaults: dict[str, Any] = {}
         if not self.is_trained_ and not {"n_steps_kl_warmup", "n_epochs_kl_warmup"} & given.keys():  # type: ignore[attr-defined]
             if n_steps is None:
-                defaults["n_epochs_kl_warmup"] = max(1, max_epochs // 3)
+                defaults["n_epochs_kl_warmup"] = max(1, max_epochs)
             else:
-                defaults["n_steps_kl_warmup"] = max(1, n_steps // 3)
+                defaults["n_steps_kl_warmup"] = max(1, n_steps)
         if freeze == "reference":
             defaults["lr"] = CODES_LR
         elif isinstance(self.module, PublishedModule):

@@ -60,7 +60,8 @@ class CellPLMTrainingPlan(TrainingPlan):
         for up to a third more time in the encoder. ``None``: on a CPU, for layers of 1,024 units or more. Elsewhere, for
         models and minibatches that do not fit otherwise.
     n_epochs_kl_warmup
-        Epochs over which the weight of the KL divergence rises from ``min_kl_weight`` to ``max_kl_weight``.
+        Epochs over which the weight of the KL divergence rises from ``min_kl_weight`` to ``max_kl_weight``; by default,
+        :meth:`~cellplm_scvi.CellPLM.train` has it rise through all of them.
     **kwargs
         Of :class:`scvi.train.TrainingPlan`, but for those of other optimisers and schedules.
     """
