@@ -136,6 +136,65 @@ def test_another_column_of_the_query(reference, new_data, train):
     assert query.module.decoder.codes["batch"].weight.shape[0] == 2
 
 
+@pytest.fixture(scope="module")
+def keyed(make_tissues, build, train) -> CellPLM:
+    """A reference with a column of library sizes."""
+    adata = make_tissues()
+    adata.obs["size"] = np.asarray(adata.X.sum(1)).ravel() * 2
+    return train(build(adata, {"size_factor_key": "size"}))
+
+
+RENAMED = {"batch": "donor", "sample": "section", "size": "total"}
+
+
+@pytest.fixture
+def renamed(make_tissues) -> AnnData:
+    """A query whose columns have other names."""
+    adata = make_tissues(60, seed=4)
+    adata.obs["size"] = np.asarray(adata.X.sum(1)).ravel() * 3
+    adata.obs["batch"] = "new"
+    adata.obs = adata.obs.rename(columns=RENAMED)
+    return adata
+
+
+@pytest.mark.parametrize("new_categories", ["query", "mean", "add"])
+@pytest.mark.parametrize("way", [None, "save", "save_pretrained"])
+def test_data_are_read_by_their_own_names_of_columns(keyed, renamed, train, tmp_path, new_categories, way):
+    """Those that they were set up with; of data without a set-up, those that the model had before."""
+    keys = {"batch_key": "donor", "sample_key": "section", "size_factor_key": "total", "accelerator": "cpu"}
+    if new_categories == "query":
+        model = train(CellPLM.load_query_data(renamed, keyed, **keys))
+    else:
+        model = CellPLM.from_pretrained(keyed, renamed, new_categories=new_categories, **keys)
+    if way is not None:
+        getattr(model, way)(str(tmp_path / "model"))
+        load = {"save": CellPLM.load, "save_pretrained": CellPLM.from_pretrained}[way]
+        model = load(str(tmp_path / "model"), adata=renamed.copy(), accelerator="cpu")
+    plain = keyed.adata.copy()
+    del plain.uns["_scvi_uuid"]
+    z, expression = keyed.get_latent_representation(), keyed.get_normalized_expression(library_size="latent")
+    both = keyed.adata.copy()
+    both.obs["donor"], both.obs["section"], both.obs["total"] = "new", "all", both.obs["size"] * 2
+    for old in (keyed.adata, keyed.adata.copy(), plain, both):
+        np.testing.assert_array_equal(model.get_latent_representation(old), z)
+        np.testing.assert_array_equal(model.get_normalized_expression(old, library_size="latent"), expression)
+    np.testing.assert_array_equal(model.get_latent_representation(renamed.copy()), model.get_latent_representation())
+    np.testing.assert_array_equal(keyed.get_latent_representation(), z)
+
+
+def test_names_of_columns_are_remembered_twice(keyed, renamed, make_tissues):
+    keys = {"batch_key": "donor", "sample_key": "section", "size_factor_key": "total", "accelerator": "cpu"}
+    query = CellPLM.load_query_data(renamed, keyed, **keys)
+    third = make_tissues(40, seed=5)
+    third.obs["patient"] = "third"
+    third.obs["section"], third.obs["total"] = "s", np.asarray(third.X.sum(1)).ravel()
+    last = CellPLM.load_query_data(third, query, batch_key="patient", accelerator="cpu")
+    for before in (keyed, query):
+        old = before.adata.copy()
+        del old.uns["_scvi_uuid"]
+        np.testing.assert_array_equal(last.get_normalized_expression(old), before.get_normalized_expression())
+
+
 def test_genes_are_said(reference, new_data):
     with pytest.warns(UserWarning, match='1 of the model\'s 30 genes are not in this AnnData \\("gene0"\\)'):
         CellPLM.load_query_data(new_data, reference, accelerator="cpu")

@@ -23,6 +23,8 @@ ORGANISM_KEY = "organism"
 MATCH_KEY = "gene_match"
 #: in the registry of counts: the number of genes that the data had when they were set up, if the model is of others
 N_GIVEN_KEY = "n_given"
+#: in the registry of counts: for arguments of the set-up, the keys that the model had before this one, the latest first
+EARLIER_KEY = "earlier_keys"
 #: what in the registry of counts belongs to one AnnData
 OF_DATA = (MATCH_KEY, N_GIVEN_KEY)
 #: in the registry of a covariate: the model's categories have no names that data could share

@@ -126,7 +126,7 @@ class CellPLMAnnotator(CellPLM):
                 f'obs["{labels_key}"] has {len(names)} class{"es" * (len(names) != 1)} beside "{unlabeled_category}" '
                 f"({some(names)}); at least two are needed."
             )
-        registry = deepcopy(model.registry_)
+        registry = deepcopy(model.registry_) if adata is model.adata else model._registry_for(adata)
         registry["setup_args"] |= {"labels_key": labels_key, "unlabeled_category": unlabeled_category}
         registry["field_registries"][c.LABELS_KEY] = {
             "data_registry": {"attr_name": "obs", "attr_key": f"_scvi_{c.LABELS_KEY}"},
@@ -146,7 +146,7 @@ class CellPLMAnnotator(CellPLM):
         annotator.to_device(model.device)
         annotator.module.eval()
         annotator.pretrained_report_ = model.pretrained_report_
-        annotator.adata = adata
+        annotator._attach(adata)
         return annotator
 
     def train(  # type: ignore[override]

@@ -170,7 +170,7 @@ def extend[Model: CellPLM](
     extended.module.to(model.module.device)
     extended.module.eval()
     extended.is_trained_ = True
-    extended.adata = model.adata
+    extended._attach(model.adata)
     report = model.pretrained_report_ or {"notes": []}
     extended.pretrained_report_ = report | {"notes": [*report["notes"], *_describe_added(categories, genes)]}
     return extended

@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 import torch
-from anndata import AnnData
-from mudata import MuData
 
 from cellplm_scvi import _constants as c
-from cellplm_scvi._compat import SCVI_UUID_KEY, AnnOrMuData, check_view, parse_device_args
+from cellplm_scvi._compat import AnnOrMuData, parse_device_args
 from cellplm_scvi.data._checks import check_sizes, warn
 from cellplm_scvi.data._vocabulary import MATCH_KEY, ORGANISM_KEY
 from cellplm_scvi.genes._tables import Organism
@@ -33,6 +31,7 @@ from cellplm_scvi.pretrained import (
 from cellplm_scvi.pretrained._own import CONFIG_FILE, WEIGHTS_FILE, check_state
 
 from ._extension import extend, unknown_categories, unknown_genes, unseen_is_expected
+from ._new_data import NewDataMixin
 from ._registry import portable, published_registry, set_up_as, setup_of
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
 DEPTHS = ("n_layers", "n_decoder_layers")
 
 
-class PretrainedMixin:
+class PretrainedMixin(NewDataMixin):
     """Loads and saves pre-trained weights."""
 
     module: CellPLMModule
@@ -193,7 +192,7 @@ class PretrainedMixin:
             warn(f'spatial_key="{arguments["spatial_key"]}" has no effect: this model was trained without positions.')
             model.registry_["setup_args"]["spatial_key"] = None  # type: ignore[attr-defined]
         if adata is not None:
-            model.adata = adata  # type: ignore[attr-defined]
+            model._attach(adata)
         return model
 
     @classmethod
@@ -281,26 +280,6 @@ class PretrainedMixin:
         if manager is None:
             return report
         return replace(report, genes=manager.get_state_registry(c.X_KEY).get(MATCH_KEY))
-
-    def _validate_anndata(self, adata: AnnOrMuData | None = None, copy_if_view: bool = True) -> AnnOrMuData:
-        if isinstance(adata, AnnData | MuData):
-            check_view(adata)
-        if self.adata_manager is not None:  # type: ignore[attr-defined]
-            return super()._validate_anndata(adata, copy_if_view)  # type: ignore[misc]
-        if adata is None:
-            raise ValueError(
-                "This model was loaded without an AnnData. Pass one to the method, or set it with `model.adata = adata`."
-            )
-        if isinstance(adata, MuData) != (self.registry_["setup_method_name"] == "setup_mudata"):  # type: ignore[attr-defined]
-            set_up_as(type(self), self.registry_, *setup_of(type(self), adata, {}, self.registry_["setup_args"]))  # type: ignore[attr-defined]
-        # scvi-tools sets up the first AnnData of such a model by the class's method. For other models it stays as it was.
-        set_up = self._setup_adata_manager_store  # type: ignore[attr-defined]
-        before = set_up.get(adata.uns.get(SCVI_UUID_KEY))
-        adata = super()._validate_anndata(adata, copy_if_view)  # type: ignore[misc]
-        set_up[adata.uns[SCVI_UUID_KEY]] = before
-        if before is None:
-            del set_up[adata.uns[SCVI_UUID_KEY]]
-        return adata
 
     @classmethod
     def _build(cls, registry: dict[str, Any], init: dict[str, Any], state: dict[str, torch.Tensor], file: str) -> Self:

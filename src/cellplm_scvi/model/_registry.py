@@ -10,12 +10,13 @@ import numpy as np
 import scvi
 from anndata import AnnData
 from mudata import MuData
+from scvi.data import AnnDataManager
 
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import SCVI_UUID_KEY, AnnOrMuData, copy_if_view
 from cellplm_scvi.data._checks import check_column, some
 from cellplm_scvi.data._fields import CovariateField
-from cellplm_scvi.data._vocabulary import OF_DATA, UNNAMED_KEY
+from cellplm_scvi.data._vocabulary import EARLIER_KEY, OF_DATA, UNNAMED_KEY
 from cellplm_scvi.pretrained import PretrainedFileError, PublishedCheckpoint
 from cellplm_scvi.pretrained._own import CONFIG_FILE
 
@@ -56,7 +57,7 @@ def setup_of(
         return "setup_anndata" if setup else None, dict(setup)
     if not isinstance(adata, AnnData | MuData):
         raise TypeError(f"adata is of type {type(adata).__name__}; an AnnData of raw counts is needed.")
-    manager = model_class._setup_adata_manager_store.get(adata.uns.get(SCVI_UUID_KEY))
+    manager = manager_of(model_class, adata)
     if manager is not None and manager.adata is not adata:
         copy_if_view(adata)
         del adata.uns[SCVI_UUID_KEY]  # a copy of what was set up, which gets an entry of its own
@@ -69,6 +70,47 @@ def setup_of(
         if isinstance(adata, AnnData) and key is not None and argument in KEY_ARGUMENTS.values():
             check_column(adata, key, argument)
     return method, {**own, **setup}
+
+
+def manager_of(model_class: type[Any], adata: AnnOrMuData) -> AnnDataManager | None:
+    """The set-up of data, or of what they are a copy of, with this class or one that it builds on."""
+    stores = (getattr(cls, "_setup_adata_manager_store", {}) for cls in model_class.__mro__)
+    key = adata.uns.get(SCVI_UUID_KEY)
+    return next((store[key] for store in stores if key in store), None)
+
+
+def reading(registry: Mapping[str, Any], adata: AnnOrMuData, own: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Arguments of the set-up by which a model reads data that are not its own.
+
+    A column has the name that the data were set up with, else the model's, else one that the model had before: the first
+    that the data have.
+
+    Parameters
+    ----------
+    registry
+        Of the model.
+    adata
+        The data.
+    own
+        Arguments that the data were set up with, if they were.
+    """
+    saved = registry["setup_args"]
+    if own is None:
+        own = {"layer": saved["rna_layer"]} if isinstance(adata, AnnData) and "rna_layer" in saved else {}
+    arguments = {name: own[name] for name in ("layer", "rna_layer", "modalities") if name in own}
+    modalities = arguments.get("modalities") or saved.get("modalities") or {}
+    modalities = {**modalities, "measured_genes_key": modalities.get("rna_layer")}
+    earlier = registry["field_registries"][c.X_KEY]["state_registry"].get(EARLIER_KEY, {})
+    for name, place in OPTIONAL_KEYS.items():
+        # the model knows samples without having parts for them
+        default = own.get(name, saved.get(name)) if name == "sample_key" else saved.get(name)
+        if saved.get(name) is None:
+            arguments[name] = default
+            continue
+        holder = getattr(adata if isinstance(adata, AnnData) else adata.mod.get(modalities.get(name), adata), place)
+        keys = (own.get(name), saved[name], *earlier.get(name, []))
+        arguments[name] = next((key for key in keys if key is not None and key in holder), default)
+    return arguments
 
 
 def _named(own: Mapping[str, Any], adata: AnnOrMuData, saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,6 +143,12 @@ def set_up_as(
     registry["setup_method_name"] = method
     registry["setup_args"] = {name: arguments.get(name, saved.get(name, defaults[name])) for name in defaults}
     fields = registry["field_registries"]
+    counts = fields[c.X_KEY]["state_registry"]
+    for name in OPTIONAL_KEYS:
+        if (key := saved.get(name)) is not None and registry["setup_args"][name] != key:
+            earlier = counts.get(EARLIER_KEY, {})
+            others = [other for other in earlier.get(name, []) if other != key]
+            counts[EARLIER_KEY] = earlier | {name: [key, *others]}
     for name, argument in KEY_ARGUMENTS.items():
         if name in fields and arguments.get(argument) is not None:
             fields[name]["state_registry"][CovariateField.ORIGINAL_ATTR_KEY] = arguments[argument]
