@@ -7,11 +7,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import torch
 from anndata import AnnData
 from sklearn.metrics import f1_score
 
 from cellplm_scvi import CellPLM, CellPLMAnnotator
 from cellplm_scvi.model._annotation_fit import fit_head, fit_regression, hold_out, make_folds
+from cellplm_scvi.train import PlaceMixtureComponents
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +216,70 @@ def test_fine_tuning_of_a_mapped_query(labelled, train):
     embedding = query.get_latent_representation()
     train(annotator, 1, fine_tune=True, plan_kwargs={"lr": 1e-2})
     assert np.abs(annotator.get_latent_representation() - embedding).max() > 1e-3
+
+
+def test_a_mapped_query_trains_its_codes_alone(annotator, labelled, train):
+    """It needs no labels, and what is said of the reference stays; labels are learned again where that is asked for."""
+    new = labelled.adata.copy()
+    new.obs["batch"] = "new"
+    del new.obs["label"]
+    query = CellPLMAnnotator.load_query_data(new, annotator, accelerator="cpu")
+    before = {name: tensor.clone() for name, tensor in query.module.state_dict().items()}
+    train(query, 2)
+    changed = {name for name, tensor in query.module.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {"decoder.codes.batch.weight", "decoder.output_codes.batch.weight"}
+    pd.testing.assert_frame_equal(
+        query.predict(labelled.adata, soft=True), annotator.predict(soft=True), check_exact=True
+    )
+    for fine_tune in (False, True):
+        with pytest.raises(ValueError, match="Labels of at least two classes"):
+            query.train(fine_tune=fine_tune)
+    new.obs["label"] = labelled.adata.obs["cell_type"].to_numpy()
+    again = CellPLMAnnotator.load_query_data(new.copy(), annotator, accelerator="cpu")
+    again.train(fine_tune=False)
+    assert not torch.equal(again.module.annotation.weight, annotator.module.annotation.weight)
+    assert torch.equal(again.module.embedder.weight, annotator.module.embedder.weight)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"train_size": 7},
+        {"shuffle_set_split": False},
+        {"datasplitter_kwargs": {"external_indexing": [[0], [1]]}},
+        {"datasplitter_kwargs": {"split_by": "samples"}},
+    ],
+)
+def test_fine_tuning_splits_by_itself(labelled, options):
+    annotator = CellPLMAnnotator.from_cellplm(labelled, "label")
+    with pytest.raises(ValueError, match="by itself. Pass their share as held_out"):
+        annotator.train(1, fine_tune=True, **options)
+
+
+def test_a_network_that_is_not_trained(labelled, make_tissues, train, monkeypatch):
+    """Its embeddings say nothing: it is trained from scratch, or an error says so."""
+    adata = make_tissues(120)
+    CellPLMAnnotator.setup_anndata(adata, labels_key="cell_type", sample_key="sample")
+    annotator = CellPLMAnnotator(adata, n_hidden=16, n_layers=1, n_heads=2, n_latent=4, n_components=3)
+    with pytest.raises(ValueError, match="not trained: its embeddings are random. Use .*from_cellplm.*fine_tune=True"):
+        annotator.train()
+    placed, lengths = [], {}
+    place = PlaceMixtureComponents.place
+    monkeypatch.setattr(PlaceMixtureComponents, "place", lambda *args: (placed.append(1), place(*args)))
+    train(annotator, 6, fine_tune=True)
+    assert placed
+    assert annotator.is_trained_
+    assert annotator.trainer.lightning_module.n_epochs_kl_warmup == 2
+    assert annotator.predict().shape == (120,)
+    fresh = CellPLMAnnotator(adata, n_hidden=16, n_layers=1, n_heads=2, n_latent=4, n_components=3)
+    of_trained = CellPLMAnnotator.from_cellplm(labelled, "cell_type", adata=make_tissues(120))
+    for name, model in {"fresh": fresh, "trained": of_trained}.items():
+        monkeypatch.setattr(CellPLM, "train", lambda self, n, name=name, **_: lengths.update({name: n}))
+        monkeypatch.setattr(
+            type(model), "trainer", type("", (), {"logger": type("", (), {"history": {}})}), raising=False
+        )
+        model.train(fine_tune=True)
+    assert lengths["trained"] == lengths["fresh"] // 4
 
 
 def test_labels_of_other_data(labelled, make_tissues):

@@ -25,7 +25,7 @@ from cellplm_scvi.nn._annotation import N_QUANTILES
 
 from ._annotation_fit import fit_head, held_out_distances, hold_out, make_folds, within_class_whitening
 from ._cellplm import CellPLM
-from ._defaults import default_max_epochs
+from ._defaults import default_max_epochs, sizes_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -139,13 +139,14 @@ class CellPLMAnnotator(CellPLM):
         }
         registry["model_name"] = cls.__name__
         init = {name: value for name, value in model.init_params_["non_kwargs"].items() if value is not None}
-        annotator = cls(registry=registry, **(init | _sizes(model, init)))
+        annotator = cls(registry=registry, **(init | sizes_of(model, init)))
         state = model.module.state_dict()
         own = {name: value for name, value in annotator.module.state_dict().items() if name.startswith("annotation.")}
         annotator.module.load_state_dict({**own, **{k: v for k, v in state.items() if not k.startswith("annotation.")}})
         annotator.to_device(model.device)
         annotator.module.eval()
         annotator.pretrained_report_ = model.pretrained_report_
+        annotator.is_trained_ = True  # the network; the head knows of itself whether it is fitted
         annotator._attach(adata)
         return annotator
 
@@ -153,7 +154,7 @@ class CellPLMAnnotator(CellPLM):
         self,
         max_epochs: int | None = None,
         *,
-        fine_tune: bool = False,
+        fine_tune: bool | None = None,
         label_weight: float = 20.0,
         held_out: float = 0.1,
         **kwargs: Any,
@@ -168,20 +169,37 @@ class CellPLMAnnotator(CellPLM):
         Parameters
         ----------
         max_epochs
-            Of fine-tuning; ``None``: a quarter of what :meth:`CellPLM.train` would take.
+            Of training the network; ``None``: of fine-tuning, a quarter of what :meth:`CellPLM.train` would take, or all of it
+            if the network is not trained yet.
         fine_tune
-            First train the whole network on the labels beside its usual objective, with all cells, labelled or not. A share
-            of the labelled cells takes no part in that, and is what the head is chosen and calibrated on.
+            ``True``: first train the whole network on the labels beside its usual objective, with all cells, labelled or
+            not. A share of the labelled cells takes no part in that, and is what the head is chosen and calibrated on.
+            ``False``: learn the labels with the network as it is. ``None``: the same, but after :meth:`load_query_data` learn
+            no labels, of which none are needed then: as :meth:`CellPLM.train` does, train the contributions of the new
+            categories alone, so that everything that is said of the reference's data stays the same to the bit.
         label_weight
             Of the cross-entropy in fine-tuning, relative to the negative ELBO of a cell.
         held_out
             Share of the labelled cells held out from fine-tuning: whole samples if several have labels, at least one
             of them, which is half of the cells where there are two.
         **kwargs
-            Of :meth:`CellPLM.train`, for fine-tuning.
+            Of :meth:`CellPLM.train`, for training the network.
+
+        Raises
+        ------
+        ValueError
+            If there are no labels of two classes, if the network is neither trained nor to be, or on arguments without effect.
         """
         if self.adata is None:
             raise ValueError("The annotator has no AnnData. Load it with `adata=`, or set `annotator.adata`.")
+        if fine_tune is None and self._extension.query:
+            super().train(max_epochs, **kwargs)
+            return
+        if not fine_tune and not self.is_trained_:
+            raise ValueError(
+                "The network is not trained: its embeddings are random. Use CellPLMAnnotator.from_cellplm with a trained "
+                "CellPLM, or pass fine_tune=True to train it here."
+            )
         if not fine_tune and (max_epochs is not None or kwargs):
             given = ["max_epochs"] * (max_epochs is not None) + list(kwargs)
             raise ValueError(f"{some(given)}: the frozen backbone is not trained. Pass fine_tune=True to train it.")
@@ -199,7 +217,6 @@ class CellPLMAnnotator(CellPLM):
         else:
             folds = make_folds(classes[labelled], table.sample[labelled], seed)
         self._fit_head(table, classes, labelled, folds, seed)
-        self.is_trained_ = True
 
     def _classes_of(self, table: CellTable) -> np.ndarray:
         """Class of each cell, -1 for unlabelled, (n_cells,)."""
@@ -234,6 +251,12 @@ class CellPLMAnnotator(CellPLM):
         module = self.module
         if not isinstance(module, AnnotatorModule):
             raise ValueError("Fine-tuning on labels is not available for published networks: use the frozen backbone.")
+        split_by = ("train_size", "validation_size", "shuffle_set_split", "split_by", "external_indexing")
+        given = [name for name in split_by if name in {**kwargs, **(kwargs.get("datasplitter_kwargs") or {})}]
+        if given:
+            raise ValueError(
+                f"{some(given)}: fine-tuning leaves out labelled cells by itself. Pass their share as held_out."
+            )
         rest = np.setdiff1d(np.arange(classes.size), test)
         module.class_of_code = torch.from_numpy(self._class_of_code())
         module.class_weight = balanced_weights(torch.from_numpy(classes[train]), len(self.classes))
@@ -241,10 +264,14 @@ class CellPLMAnnotator(CellPLM):
         split = {"external_indexing": [rest, test]}
         if max_epochs is None:
             splitter = self._splitter(None, None, True, kwargs.get("batch_size"), split)
-            max_epochs = max(1, default_max_epochs(splitter.n_train, splitter.n_batches) // 4)
-        # so the components of the prior are left where they are
-        self.is_trained_, self.history_ = True, {}
-        options = {"freeze": None, **kwargs, "datasplitter_kwargs": {**kwargs.get("datasplitter_kwargs", {}), **split}}
+            max_epochs = default_max_epochs(splitter.n_train, splitter.n_batches)
+            max_epochs = max(1, max_epochs // 4) if self.is_trained_ else max_epochs
+        self.history_ = {}
+        options = {
+            "freeze": None,
+            **kwargs,
+            "datasplitter_kwargs": {**(kwargs.get("datasplitter_kwargs") or {}), **split},
+        }
         try:
             super().train(max_epochs, **options)
         finally:
@@ -370,18 +397,6 @@ class CellPLMAnnotator(CellPLM):
             frame[unknown] = 0.0
             frame[self.unlabeled_category] = unknown.astype(np.float32)
         return frame
-
-
-def _sizes(model: CellPLM, init: dict[str, Any]) -> dict[str, int]:
-    """Sizes that the model's constructor chose by the number of its cells, which need not be that of the labelled ones."""
-    if "published" in init:
-        return {}
-    module = model.module
-    return {
-        "n_hidden": module.n_hidden,
-        "n_layers": len(module.encoder.layers),
-        "n_latent": module.latent.mean.out_features,
-    }
 
 
 def _library(table: CellTable) -> np.ndarray:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ._cellplm import CellPLM
 
 
 def default_hidden(n_cells: int) -> int:
@@ -44,3 +48,15 @@ def default_inference_batch_size(n_hidden: int, device_type: str) -> int:
 def default_row_batch_size(n_genes: int) -> int:
     """Cells that the decoder takes at once, each with a dense row of genes: about 64 megabytes a tensor."""
     return max(16, min(4096, 2**24 // max(n_genes, 1)))
+
+
+def sizes_of(model: CellPLM, init: dict[str, Any]) -> dict[str, int]:
+    """Sizes that the model's constructor chose by the number of its cells, which need not be that of the labelled ones."""
+    if "published" in init:
+        return {}
+    module = model.module
+    return {
+        "n_hidden": module.n_hidden,
+        "n_layers": len(module.encoder.layers),
+        "n_latent": module.latent.mean.out_features,
+    }
