@@ -270,9 +270,10 @@ def saved(models: dict[str, CellPLM], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def own(saved: Path, tmp_path: Path) -> Path:
-    """A copy of a saved model to spoil."""
+    """A copy of a saved model to spoil, without the checksum that any change of the weights would break."""
     for name in (CONFIG, WEIGHTS):
         (tmp_path / name).write_bytes((saved / name).read_bytes())
+    put(tmp_path, "weights_sha256", ...)
     return tmp_path
 
 
@@ -428,6 +429,18 @@ def test_odd_header(header: bytes, claimed: int | None, own: Path) -> None:
     size = len(header) if claimed is None else claimed
     (own / WEIGHTS).write_bytes(size.to_bytes(8, "little") + header + bytes(4))
     refused(own)
+
+
+def test_a_flipped_bit(saved: Path, own: Path) -> None:
+    """Folders with a checksum of the weights do not load others; those without load as they are."""
+    CellPLM.from_pretrained(saved, accelerator="cpu")
+    weights = bytearray((saved / WEIGHTS).read_bytes())
+    weights[-2] ^= 1
+    (own / WEIGHTS).write_bytes(weights)
+    CellPLM.from_pretrained(own, accelerator="cpu")
+    (own / CONFIG).write_bytes((saved / CONFIG).read_bytes())
+    with pytest.raises(PretrainedFileError, match=f"{WEIGHTS} is not the file that {CONFIG} was written with"):
+        CellPLM.from_pretrained(own, accelerator="cpu")
 
 
 def test_pickle_for_weights(own: Path) -> None:

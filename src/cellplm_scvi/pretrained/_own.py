@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from ._errors import PretrainedFileError, listed, quoted
 
 CONFIG_FILE, WEIGHTS_FILE = "cellplm_config.json", "model.safetensors"
 FORMAT, FORMAT_VERSION = "cellplm-scvi", 1
-_ENTRIES = ("format", "version", "model", "init", "registry", "origin", "package_version")
+_ENTRIES = ("format", "version", "model", "init", "registry", "origin", "package_version", "weights_sha256")
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,13 @@ def write_own(folder: Path, checkpoint: OwnCheckpoint, package_version: str) -> 
         "registry": checkpoint.registry,
         "origin": checkpoint.origin,
     }
-    text = json.dumps(content, default=plain, allow_nan=False, indent=1)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in checkpoint.state.items()}
     folder.mkdir(parents=True, exist_ok=True)
     # under other names first: what was there stays whole if the disk is full
     with TemporaryDirectory(dir=folder, prefix=".saving-") as new:
         save_file(tensors, Path(new, WEIGHTS_FILE), metadata={"format": "pt"})
+        content["weights_sha256"] = _sha256(Path(new, WEIGHTS_FILE))
+        text = json.dumps(content, default=plain, allow_nan=False, indent=1)
         Path(new, CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             Path(new, name).replace(folder / name)
@@ -109,6 +111,12 @@ def read_own(config_path: Path, weights_path: Path) -> OwnCheckpoint:
     if origin is not None and not (isinstance(origin, dict) and isinstance(origin.get("source"), str)):
         raise PretrainedFileError(f"{file}: origin is {quoted(origin)}; an object with a source is needed.")
     registry = _checked_registry(content["registry"], file)
+    written = content.get("weights_sha256")  # of folders that have it
+    if written is not None and weights_path.is_file() and _sha256(weights_path) != written:
+        raise PretrainedFileError(
+            f"{weights_path.name} is not the file that {file} was written with: it is corrupt or was changed since "
+            "(their SHA-256 differ). Copy or download both files again."
+        )
     return OwnCheckpoint(content["model"], content["init"], registry, _read_tensors(weights_path), origin)
 
 
@@ -147,6 +155,11 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         if tensor.dtype in DTYPES and not bool(torch.isfinite(tensor).all()):
             raise PretrainedFileError(f"{path.name}: {quoted(name)} has missing or infinite values.")
     return state
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _safetensors(name: str) -> Any:
