@@ -35,6 +35,8 @@ N_COMPONENTS = 100
 MAX_PCA_CELLS = 20_000
 #: smallest standard deviation of log expression that a gene is divided by
 MIN_DEVIATION = 0.1
+#: arguments of a split, which fine-tuning makes itself
+SPLIT_ARGUMENTS = ("train_size", "validation_size", "shuffle_set_split", "split_by", "external_indexing")
 
 
 class CellPLMAnnotator(CellPLM):
@@ -251,12 +253,9 @@ class CellPLMAnnotator(CellPLM):
         module = self.module
         if not isinstance(module, AnnotatorModule):
             raise ValueError("Fine-tuning on labels is not available for published networks: use the frozen backbone.")
-        split_by = ("train_size", "validation_size", "shuffle_set_split", "split_by", "external_indexing")
-        given = [name for name in split_by if name in {**kwargs, **(kwargs.get("datasplitter_kwargs") or {})}]
-        if given:
-            raise ValueError(
-                f"{some(given)}: fine-tuning leaves out labelled cells by itself. Pass their share as held_out."
-            )
+        further = kwargs.pop("datasplitter_kwargs", None) or {}
+        if given := [name for name in SPLIT_ARGUMENTS if name in kwargs or name in further]:
+            raise ValueError(f"{some(given)}: fine-tuning leaves out labelled cells; pass their share as held_out.")
         rest = np.setdiff1d(np.arange(classes.size), test)
         module.class_of_code = torch.from_numpy(self._class_of_code())
         module.class_weight = balanced_weights(torch.from_numpy(classes[train]), len(self.classes))
@@ -267,11 +266,7 @@ class CellPLMAnnotator(CellPLM):
             max_epochs = default_max_epochs(splitter.n_train, splitter.n_batches)
             max_epochs = max(1, max_epochs // 4) if self.is_trained_ else max_epochs
         self.history_ = {}
-        options = {
-            "freeze": None,
-            **kwargs,
-            "datasplitter_kwargs": {**(kwargs.get("datasplitter_kwargs") or {}), **split},
-        }
+        options = {"freeze": None, **kwargs, "datasplitter_kwargs": {**further, **split}}
         try:
             super().train(max_epochs, **options)
         finally:
