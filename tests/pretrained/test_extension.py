@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -78,3 +79,18 @@ def test_a_checkpoint_without_a_decoder(annotation_case, new_data):
     new_data.var_names = [*genes[:50], "new1", "new2", "new3"]
     with pytest.raises(ValueError, match="has no decoder"):
         CellPLM.from_pretrained(annotation_case.prefix, new_data, new_categories="add", **CPU)
+
+
+def test_data_without_batches_are_no_new_batch(mixture_case: Any, published_data: AnnData) -> None:
+    """The column that stands for no column is not added, and nothing is said of it."""
+    with pytest.raises(ValueError, match="set up without batch_key"):
+        CellPLM.load_query_data(published_data.copy(), mixture_case.prefix, accelerator="cpu")
+    mean = CellPLM.from_pretrained(mixture_case.prefix, published_data.copy(), accelerator="cpu")
+    published_data.obs["study"] = "new"
+    keys = {"dataset_key": "study", "new_categories": "add", "accelerator": "cpu"}
+    grown = CellPLM.from_pretrained(mixture_case.prefix, published_data, **keys)
+    assert grown._extension.steps == [{"dataset": 1}]
+    np.testing.assert_allclose(grown.get_normalized_expression(), mean.get_normalized_expression(), rtol=1e-5)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The model has no contribution of its own")
+        mean.train(1, accelerator="cpu", enable_progress_bar=False)

@@ -115,9 +115,9 @@ class CovariateField(CategoricalObsField):
     def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict:
         known = state_registry[self.CATEGORICAL_MAPPING_KEY][: state_registry[self.N_KNOWN_KEY]]
         key = self._original_attr_key
-        if self.is_default:
+        if self.is_default and not state_registry.get(UNNAMED_KEY):
             self._setup_default_attr(adata_target)
-        elif key not in adata_target.obs:
+        elif self.is_default or key not in adata_target.obs:
             if not state_registry.get(UNNAMED_KEY):
                 self.say_absent(key)
             adata_target.obs[self.attr_key] = np.full(adata_target.n_obs, len(known))
