@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from anndata import AnnData
 
 from cellplm_scvi import CellPLM
+from cellplm_scvi.genes import map_genes
 
 
 @pytest.fixture
@@ -193,6 +196,58 @@ def test_names_of_columns_are_remembered_twice(keyed, renamed, make_tissues):
         old = before.adata.copy()
         del old.uns["_scvi_uuid"]
         np.testing.assert_array_equal(last.get_normalized_expression(old), before.get_normalized_expression())
+
+
+MOUSE = ["Cd3e", "Trp53", "Sox2", "Vim", "Cd19", "Cd4", "Ptprc", "Epcam", "Kit", "Gata3"]
+
+
+@pytest.fixture(scope="module")
+def of_ids(make_tissues, build, train) -> CellPLM:
+    """A reference whose genes have Ensembl ids."""
+    adata = make_tissues(60, len(MOUSE))
+    adata.var_names = map_genes(MOUSE, organism="mouse").mapped.to_numpy()
+    return train(build(adata))
+
+
+def new_batch(model: CellPLM, names: list[str]) -> AnnData:
+    adata = AnnData(model.adata.X.copy(), obs=model.adata.obs[["sample"]].assign(batch="new"))
+    adata.var_names = names
+    return adata
+
+
+def in_form(model: CellPLM, way: str | None, folder: Path) -> CellPLM | str:
+    if way is not None:
+        getattr(model, way)(str(folder / "reference"))
+    return model if way is None else str(folder / "reference")
+
+
+@pytest.mark.parametrize("way", [None, "save", "save_pretrained"])
+def test_genes_match_by_meaning_whatever_form_the_reference_has(of_ids, tmp_path, way):
+    symbols = map_genes(MOUSE, "symbol", organism="mouse").mapped.tolist()
+    mixed = [*symbols[:5], *of_ids.adata.var_names[5:]]
+    reference = in_form(of_ids, way, tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*genes are")
+        query = CellPLM.load_query_data(new_batch(of_ids, mixed), reference, accelerator="cpu")
+    np.testing.assert_array_equal(query.get_latent_representation(), of_ids.get_latent_representation())
+    with pytest.warns(UserWarning, match="2 of the model's 10 genes are not in this AnnData"):
+        CellPLM.load_query_data(new_batch(of_ids, mixed)[:, :8].copy(), reference, accelerator="cpu")
+
+
+@pytest.mark.parametrize("way", [None, "save", "save_pretrained"])
+def test_the_organism_of_the_reference_is_remembered(of_ids, tmp_path, way):
+    told = CellPLM.load_query_data(new_batch(of_ids, MOUSE), of_ids, organism="mouse", accelerator="cpu")
+    third = new_batch(of_ids, MOUSE)
+    third.obs["batch"] = "third"
+    reference = in_form(told, way, tmp_path)
+    expected = of_ids.get_latent_representation()
+    query = CellPLM.load_query_data(third.copy(), reference, accelerator="cpu")
+    np.testing.assert_array_equal(query.get_latent_representation(), expected)
+    if way != "save":
+        again = CellPLM.from_pretrained(reference, third, accelerator="cpu")
+        np.testing.assert_array_equal(again.get_latent_representation(), expected)
+    with pytest.raises(ValueError, match='organism="rat"'):
+        CellPLM.load_query_data(third, reference, organism="rat")
 
 
 def test_genes_are_said(reference, new_data):

@@ -57,7 +57,7 @@ class PretrainedMixin(NewDataMixin):
         *,
         new_categories: Literal["mean", "add"] = "mean",
         new_genes: Literal["ignore", "add"] = "ignore",
-        organism: Organism = "human",
+        organism: Organism | None = None,
         overwrite_config: Mapping[str, Any] | None = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
@@ -93,7 +93,8 @@ class PretrainedMixin(NewDataMixin):
             Whether to ``"ignore"`` genes that the model does not know, or to ``"add"`` them. An added gene starts with an
             embedding of zero and at its share of the counts; embeddings of cells are not changed by it before training.
         organism
-            Whose genes the data name: ``"human"``, or ``"mouse"`` to use their human orthologues.
+            Whose genes the data name: ``"human"``, or ``"mouse"`` to use their human orthologues; ``None``: what the model was
+            last told, else human.
         overwrite_config
             Entries of a published ``PREFIX.config.json`` to replace, under their published names, such as
             ``{"objective": "imputation"}``.
@@ -127,7 +128,7 @@ class PretrainedMixin(NewDataMixin):
         >>> model.train(freeze="encoder")
         """
         check_words(
-            organism=(organism, get_args(Organism)),
+            organism=(organism or "human", get_args(Organism)),
             new_categories=(new_categories, ("mean", "add")),
             new_genes=(new_genes, ("ignore", "add")),
         )
@@ -166,7 +167,7 @@ class PretrainedMixin(NewDataMixin):
         revision: str | None = None,
         cache_dir: str | Path | None = None,
     ) -> Self:
-        """The model of the files, or a copy of a model, with an AnnData; given an organism, genes match by meaning."""
+        """The model of the files, or a copy of a model, with an AnnData, whose genes match by name, else by meaning."""
         if isinstance(source, PretrainedMixin):
             if overwrite_config:
                 raise ValueError("overwrite_config is for published files; this is a trained model.")
@@ -180,8 +181,8 @@ class PretrainedMixin(NewDataMixin):
             registry, init, state, report, file = cls._read(source, overwrite_config, revision, cache_dir)
         method, arguments = setup_of(cls, adata, setup, registry["setup_args"])
         set_up_as(cls, registry, method, arguments)
-        if organism is not None:
-            registry["field_registries"][c.X_KEY]["state_registry"][ORGANISM_KEY] = organism
+        counts = registry["field_registries"][c.X_KEY]["state_registry"]
+        counts[ORGANISM_KEY] = organism or counts.get(ORGANISM_KEY, "human")
         model = cls._build(registry, init, state, file)
         model.pretrained_report_ = report
         _, _, where = parse_device_args(

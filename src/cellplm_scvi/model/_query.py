@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, get_args
+
+import numpy as np
+import pandas as pd
 
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import AnnOrMuData
 from cellplm_scvi.data._checks import some
+from cellplm_scvi.data._fields import report_genes
+from cellplm_scvi.data._vocabulary import gene_columns
+from cellplm_scvi.genes._tables import Organism
+from cellplm_scvi.module import PublishedModule
 
 from ._extension import extend, unknown_categories, unseen_is_expected
+from ._pretrained import check_words
 from ._registry import KEY_ARGUMENTS
 
 if TYPE_CHECKING:
@@ -28,6 +36,7 @@ class QueryMixin:
         adata: AnnOrMuData,
         reference: str | Path | CellPLM,
         *,
+        organism: Organism | None = None,
         accelerator: str = "auto",
         device: int | str = "auto",
         **setup: Any,
@@ -38,7 +47,8 @@ class QueryMixin:
         which are what an unseen category contributes before training. :meth:`train` trains these alone, so that everything the
         reference says of its own data stays the same to the bit; ``train(freeze=None)`` trains all.
 
-        Genes are matched by name: what the query lacks counts as not measured, and what only the query has is not used.
+        Genes are matched by name, else by what the names mean, as in :meth:`from_pretrained`, whatever form the reference has.
+        What the query lacks counts as not measured, and what only the query has is not used.
 
         Parameters
         ----------
@@ -47,6 +57,8 @@ class QueryMixin:
         reference
             A trained model; a folder that :meth:`save` or :meth:`save_pretrained` wrote; or a published model, as in
             :meth:`from_pretrained`. A folder of :meth:`save` is read by executing it: open only what you trust.
+        organism
+            Whose genes the query names, as in :meth:`from_pretrained`; ``None``: what the reference was told, else human.
         accelerator, device
             Where to put the model, as in :meth:`load`.
         **setup
@@ -68,18 +80,25 @@ class QueryMixin:
         >>> new.obsm["X_cellplm"] = query.get_latent_representation()
         >>> old.obsm["X_cellplm"] = query.get_latent_representation(old)
         """
-        organism = None
-        if isinstance(reference, str | Path):
-            if (Path(reference) / SAVED_FILE).is_file():
-                reference = cls.load(str(reference), adata=False, accelerator=accelerator, device=device)  # type: ignore[attr-defined]
-            else:
-                organism = "human"
+        check_words(organism=(organism or "human", get_args(Organism)))
+        if isinstance(reference, str | Path) and (Path(reference) / SAVED_FILE).is_file():
+            reference = cls.load(str(reference), adata=False, accelerator=accelerator, device=device)  # type: ignore[attr-defined]
         with unseen_is_expected():
             model = cls._attached(reference, adata, setup, organism, accelerator=accelerator, device=device)  # type: ignore[attr-defined]
         categories = unknown_categories(model)
         if not categories:
             raise ValueError(_nothing_new(model))
+        if not isinstance(model.module, PublishedModule):  # whose many genes no data have all of
+            _say_genes(model)
         return extend(model, categories, [], query=True)
+
+
+def _say_genes(model: CellPLM) -> None:
+    """Say which genes of the reference the query lacks, and which of its own are not used."""
+    state = model.adata_manager.get_state_registry(c.X_KEY)
+    genes, given = pd.Index(state["column_names"]), model._gene_names(model.adata_manager)
+    columns = gene_columns(state, given)
+    report_genes(genes, pd.Index(np.where(columns < 0, given, genes[columns])))
 
 
 def _nothing_new(model: CellPLM) -> str:

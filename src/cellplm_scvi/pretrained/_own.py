@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cellplm_scvi import _constants as c
+from cellplm_scvi.genes._tables import Organism
 
 from ._checkpoint import DTYPES
 from ._config import read_json
@@ -207,6 +208,8 @@ def _checked_registry(registry: dict[str, Any], file: str) -> dict[str, Any]:
         if name == c.X_KEY:
             genes = needed(state, "column_names", list, where)
             state["column_names"] = _distinct(genes, str, f"{file}: column_names of {where}")
+            if (organism := state.get("organism", "human")) not in get_args(Organism):
+                raise PretrainedFileError(f"{file}: organism of {where} is {quoted(organism)}.")
             earlier = state.get("earlier_keys", {})
             if not isinstance(earlier, dict) or not all(isinstance(keys, list) for keys in earlier.values()):
                 raise PretrainedFileError(f"{file}: earlier_keys of {where} is {quoted(earlier)}; lists are needed.")
