@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,9 @@ def test_what_was_written_is_what_is_read(tmp_path, sections, kind):
         source = tmp_path / "a.zarr"
     corpus = build_corpus(source, tmp_path / "corpus", shard_size=40, progress=False, **keys)
     corpus.verify()
-    found = corpus.to_anndata()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        found = corpus.to_anndata()
     assert corpus.n_shards == 3
     assert sorted(found.obs_names) == sorted(sections.obs_names)
     assert list(found.var_names) == list(sections.var_names)
@@ -53,6 +56,16 @@ def test_what_was_written_is_what_is_read(tmp_path, sections, kind):
     assert (np.diff(found.obs["sample"].cat.codes.to_numpy()) != 0).sum() == corpus.n_samples - 1
     cells = corpus.cells(np.arange(corpus.n_cells))
     assert list(sections.obs_names[cells["source_row"]]) == list(found.obs_names) == list(corpus.names(0, 90))
+
+
+def test_a_small_corpus_in_memory(tmp_path, tissues):
+    """Its places of counts are stored in the smallest type, which SciPy does not compute with."""
+    corpus = build_corpus(tissues, tmp_path / "corpus", progress=False, **KEYS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        found = corpus.to_anndata()
+    assert found.X.indices.dtype.kind == "i"
+    np.testing.assert_array_equal(found[tissues.obs_names].X.toarray(), tissues.X.toarray())
 
 
 def test_annbatch_reads_it(tmp_path, tissues):

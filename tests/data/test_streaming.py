@@ -204,6 +204,7 @@ def test_an_epoch_goes_on_where_it_was(corpus):
 def test_samples_are_held_out_whole(corpus):
     model = model_of(corpus)
     data = CorpusDataModule(corpus, batch_size=16, validation=["sample1"])
+    assert list(CorpusDataModule(corpus, validation="sample1").val_samples) == list(data.val_samples)
     data.serve(model)
     seen = [batch["library"] for batch in data.train_dataloader()]
     held_out = [batch["library"] for batch in data.val_dataloader()]
@@ -314,3 +315,16 @@ def test_messages(corpus):
     data = CorpusDataModule(corpus)
     with pytest.raises(ValueError, match="batch_size was 1024, is 16"):
         CorpusDataModule(corpus, batch_size=16, context_size=256).load_state_dict(data.state_dict())
+
+
+def test_a_model_of_a_corpus_knows_what_names_of_genes_mean(tmp_path, make_tissues, build):
+    """The corpus has Ensembl ids where any source has: the sources with symbols are read all the same."""
+    symbols, ids = make_tissues(n_genes=3), make_tissues(n_genes=3, seed=1)
+    symbols.var_names = ["CD3E", "TP53", "CD8A"]
+    ids.var_names = ["ENSG00000198851", "ENSG00000141510", "ENSG00000153563"]
+    corpus = build_corpus({"a": symbols, "b": ids}, tmp_path / "c", progress=False, batch_key="batch")
+    model = CellPLM(registry=corpus.registry, **TINY)
+    model.is_trained_ = True
+    renamed = symbols.copy()
+    renamed.var_names = ids.var_names
+    np.testing.assert_array_equal(model.get_latent_representation(symbols), model.get_latent_representation(renamed))

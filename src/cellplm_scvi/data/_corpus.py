@@ -20,6 +20,7 @@ from cellplm_scvi import _constants as c
 
 from ._fields import CovariateField
 from ._panels import MEASURED_GENES
+from ._vocabulary import ORGANISM_KEY
 
 MANIFEST, PANELS = "corpus.json", "panels.npy"
 COUNTS_STORE, CELLS_FOLDER, DONE_FOLDER = "counts.zarr", "cells", "done"
@@ -209,7 +210,10 @@ class Corpus:
         for shard in shards:
             shard.uns.clear()
         adata = ad.concat(shards) if len(shards) > 1 else shards[0]
-        adata.X = sp.csr_matrix(adata.X, dtype=np.float32)
+        x = (
+            adata.X
+        )  # its indices have the smallest type on disk; from their arrays, SciPy takes one that it computes with
+        adata.X = sp.csr_matrix((x.data.astype(np.float32), x.indices, x.indptr), shape=x.shape)
         for column in ("batch", "platform", "dataset", "sample"):
             adata.obs[column] = pd.Categorical(np.asarray(adata.obs[column], dtype=object))
         if self.panels is not None:
@@ -257,6 +261,7 @@ class Corpus:
                     "n_obs": self.n_cells,
                     "n_vars": self.n_genes,
                     "column_names": self.genes.to_numpy(dtype=object),
+                    ORGANISM_KEY: "human",  # as the names of its sources were compared when it was built
                 },
                 {"n_vars": self.n_genes, "n_cells": self.n_cells},
             )

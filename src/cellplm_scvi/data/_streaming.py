@@ -109,6 +109,8 @@ class CorpusDataModule(pl.LightningDataModule):
 
     def _held_out(self, validation: float | Sequence[str]) -> np.ndarray:
         names, n_samples = self.corpus.samples.index, self.corpus.n_samples
+        if isinstance(validation, str):
+            validation = [validation]
         if not isinstance(validation, float | int):
             absent = [name for name in validation if name not in names]
             if absent:
