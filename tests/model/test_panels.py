@@ -159,6 +159,31 @@ def test_mudata_give_the_numbers_of_their_rna(multimodal_model, train):
     )
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_mudata_and_anndata_mixed(multimodal_model, tissues, build, train, tmp_path, loaded):
+    """Each is read by its own set-up, the modality of the counts by the names of the MuData's columns, in any order."""
+    mdata = multimodal_model.adata
+    rna = mdata["rna"].copy()
+    rna.obs["sample"] = mdata.obs["sample"]
+    expected = multimodal_model.get_latent_representation()
+    plain = train(build(tissues))
+    if loaded:
+        multimodal_model.save(str(tmp_path / "m"))
+        plain.save(str(tmp_path / "a"))
+        multimodal_model = CellPLM.load(str(tmp_path / "m"), adata=False, accelerator="cpu")
+        plain = CellPLM.load(str(tmp_path / "a"), adata=False, accelerator="cpu")
+    np.testing.assert_array_equal(multimodal_model.get_latent_representation(rna), expected)
+    np.testing.assert_array_equal(multimodal_model.get_latent_representation(mdata), expected)
+    np.testing.assert_array_equal(plain.get_latent_representation(mdata), plain.get_latent_representation(rna.copy()))
+    new = mudata.MuData({"rna": rna.copy()})
+    with pytest.raises(
+        TypeError, match=r'set up with an AnnData; this is a MuData.*mdata\["rna"\], or call setup_mudata'
+    ):
+        plain.get_latent_representation(new)
+    with pytest.raises(TypeError, match="adata is of type DataFrame"):
+        plain.get_latent_representation(rna.obs)
+
+
 def test_mudata_results(multimodal_model):
     mdata = multimodal_model.adata
     expression = multimodal_model.get_normalized_expression()
