@@ -124,8 +124,9 @@ def extend[Model: CellPLM](
     """A model that knows more categories and genes, with the AnnData of the one given.
 
     Added categories contribute what an unseen one does, and added genes say nothing of a cell and are expected at their
-    share of the counts: the extended model embeds cells as the given one does, and everything that the latter had is the
-    same to the bit.
+    share of the counts: the extended model embeds cells as the given one does, and all weights that the latter had are the
+    same to the bit. Only the library size, without ``size_factor_key``, is the sum over more genes, which changes the input of
+    models that normalise by it.
 
     Parameters
     ----------
