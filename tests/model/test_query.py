@@ -253,3 +253,14 @@ def test_the_organism_of_the_reference_is_remembered(of_ids, tmp_path, way):
 def test_genes_are_said(reference, new_data):
     with pytest.warns(UserWarning, match='1 of the model\'s 30 genes are not in this AnnData \\("gene0"\\)'):
         CellPLM.load_query_data(new_data, reference, accelerator="cpu")
+
+
+def test_arguments_that_are_mixed_up(reference, new_data):
+    with pytest.raises(TypeError, match=r"is of type AnnData\. Are the two arguments swapped\?"):
+        CellPLM.load_query_data(reference, new_data)
+    with pytest.raises(TypeError, match=r"is of type AnnData\. Are the two arguments swapped\?"):
+        CellPLM.from_pretrained(new_data)
+    with pytest.raises(TypeError, match=r"a folder, a name on the hub or a trained model; this is of type NoneType\.$"):
+        CellPLM.from_pretrained(None)
+    with pytest.raises(TypeError, match='Unexpected argument: "batchkey", which setup_anndata does not take'):
+        CellPLM.load_query_data(new_data, reference, batchkey="batch")

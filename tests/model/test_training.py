@@ -141,10 +141,12 @@ def test_splitting_by_samples(make_tissues, build, train):
     assert np.isfinite(model.history["elbo_validation"].to_numpy(float)).all()
 
 
-def test_a_split_of_ones_own(tissues, build, train):
+@pytest.mark.parametrize("masks", [False, True])
+def test_a_split_of_ones_own(tissues, build, train, masks):
     rows = np.random.default_rng(0).permutation(tissues.n_obs)
     parts = [rows[:50], rows[50:70], rows[70:]]
-    model = train(build(tissues), datasplitter_kwargs={"external_indexing": parts})
+    given = [np.isin(np.arange(tissues.n_obs), part) for part in parts] if masks else parts
+    model = train(build(tissues), datasplitter_kwargs={"external_indexing": given})
     for part, found in zip(parts, (model.train_indices, model.validation_indices, model.test_indices), strict=True):
         assert set(found) == set(part)
 
@@ -158,8 +160,9 @@ def test_a_split_of_ones_own(tissues, build, train):
         ({"datasplitter_kwargs": {"external_indexing": [[0, 1], [1]]}}, "names 1 cells more than once"),
         ({"datasplitter_kwargs": {"external_indexing": [[0, 900]]}}, "names rows outside of 0 to 89"),
         ({"datasplitter_kwargs": {"external_indexing": [[], [1]]}}, "has no cells for training"),
+        ({"datasplitter_kwargs": {"external_indexing": [[True, False]]}}, r"a mask of shape \(2,\); .* has 90 cells"),
     ],
-    ids=["size", "sum", "word", "twice", "range", "none"],
+    ids=["size", "sum", "word", "twice", "range", "none", "mask"],
 )
 def test_splits_that_do_not_work(tissues, build, train, kwargs, message):
     with pytest.raises(ValueError, match=message):

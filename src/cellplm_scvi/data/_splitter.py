@@ -43,7 +43,7 @@ class SampleSplitter(pl.LightningDataModule):
     spatial
         What the model takes of positions.
     external_indexing
-        Rows for training, validation and test, instead of a random split.
+        Rows, or boolean masks, for training, validation and test, instead of a random split.
     """
 
     def __init__(
@@ -87,7 +87,13 @@ class SampleSplitter(pl.LightningDataModule):
         return self.batch_size if self.table.coordinates is not None else max(MIN_CONTEXT, self.batch_size // 4)
 
     def _external(self, indexing: list[np.ndarray]) -> list[np.ndarray]:
-        parts = [np.asarray(part if part is not None else [], dtype=np.int64) for part in indexing]
+        parts = [np.asarray(part if part is not None else []) for part in indexing]
+        masks = [part.shape for part in parts if part.dtype == bool and part.shape != (self.table.n_cells,)]
+        if masks:
+            raise ValueError(
+                f"external_indexing has a mask of shape {masks[0]}; the AnnData has {self.table.n_cells:,} cells."
+            )
+        parts = [np.flatnonzero(part) if part.dtype == bool else part.astype(np.int64) for part in parts]
         parts += [np.empty(0, dtype=np.int64)] * (3 - len(parts))
         rows, uses = np.unique(np.concatenate(parts), return_counts=True)
         if uses.size and uses.max() > 1:

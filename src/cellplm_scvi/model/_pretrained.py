@@ -91,7 +91,9 @@ class PretrainedMixin(NewDataMixin):
             those that it knows, or, with ``"add"``, a contribution of their own, which is that mean before training.
         new_genes
             Whether to ``"ignore"`` genes that the model does not know, or to ``"add"`` them. An added gene starts with an
-            embedding of zero and at its share of the counts; embeddings of cells are not changed by it before training.
+            embedding of zero and at its share of the counts. Before training, embeddings of cells are not changed by it, but for the
+            library size: it is the sum over all genes of the model, the added ones too. Where counts are normalised by it (the
+            default; published models take raw counts), embeddings change a little, unless ``size_factor_key`` gives it.
         organism
             Whose genes the data name: ``"human"``, or ``"mouse"`` to use their human orthologues; ``None``: what the model was
             last told, else human.
@@ -177,6 +179,12 @@ class PretrainedMixin(NewDataMixin):
                 )
             registry, init, state, report = source._parts()
             file = "the model"
+        elif not isinstance(source, str | Path):
+            swapped = " Are the two arguments swapped?" if hasattr(source, "obs") else ""
+            raise TypeError(
+                f"The weights come from a folder, a name on the hub or a trained model; this is of type "
+                f"{type(source).__name__}.{swapped}"
+            )
         else:
             registry, init, state, report, file = cls._read(source, overwrite_config, revision, cache_dir)
         method, arguments = setup_of(cls, adata, setup, registry["setup_args"])

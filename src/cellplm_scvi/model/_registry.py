@@ -52,7 +52,7 @@ def setup_of(
     known = inspect.signature(model_class.setup_anndata).parameters
     unknown = [name for name in setup if name not in known or name in ("adata", "kwargs")]
     if unknown:
-        raise TypeError(f"from_pretrained got {some(unknown)}, which setup_anndata does not take.")
+        raise TypeError(f"Unexpected argument: {some(unknown)}, which setup_anndata does not take either.")
     if adata is None:
         return "setup_anndata" if setup else None, dict(setup)
     if not isinstance(adata, AnnData | MuData):
