@@ -210,9 +210,8 @@ class Corpus:
         for shard in shards:
             shard.uns.clear()
         adata = ad.concat(shards) if len(shards) > 1 else shards[0]
-        x = (
-            adata.X
-        )  # its indices have the smallest type on disk; from their arrays, SciPy takes one that it computes with
+        # indices have the smallest type on disk; from their arrays, SciPy takes one that it computes with
+        x: Any = adata.X
         adata.X = sp.csr_matrix((x.data.astype(np.float32), x.indices, x.indptr), shape=x.shape)
         for column in ("batch", "platform", "dataset", "sample"):
             adata.obs[column] = pd.Categorical(np.asarray(adata.obs[column], dtype=object))
