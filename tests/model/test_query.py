@@ -17,8 +17,9 @@ from cellplm_scvi.genes import map_genes
 
 @pytest.fixture
 def new_data(make_tissues: Callable[..., AnnData]) -> AnnData:
-    """Two new batches and one that the models know, one new study; a gene is absent and two are unknown."""
+    """Two new batches and one that the models know, one new study, some cells without a position; a gene is absent and two are unknown."""
     adata = make_tissues(60, 32, seed=4, spatial=True)
+    adata.obsm["spatial"][::7] = np.nan
     adata.obs["batch"] = np.asarray(["new1", "new2", "batch0"])[np.arange(60) % 3]
     adata.obs["study"] = "three"
     return adata[:, 1:].copy()
@@ -72,8 +73,7 @@ def test_a_query_starts_as_zero_shot(reference, query, new_data):
 def test_everything_trains_if_asked_for(query, train):
     before = {name: p.detach().clone() for name, p in query.module.named_parameters()}
     train(query, freeze=None)
-    same = {name for name, p in query.module.named_parameters() if torch.equal(p, before[name]) and "codes" not in name}
-    assert same <= {"position.no_position"}, "every cell of the query has a position"
+    assert not any(torch.equal(p, before[name]) for name, p in query.module.named_parameters() if "codes" not in name)
 
 
 @pytest.mark.parametrize("way", ["save", "save_pretrained"])
