@@ -97,7 +97,7 @@ third_party = (
     *("abc", "collections", "os", "pathlib", "types", "typing"),
 )
 # types of this package that annotate public methods, but are not part of the public interface
-internal = ("_typing", "module", r"data\.SampleSplitter", r"data\._streaming")
+internal = ("_typing", "module", r"data\._loader", r"data\._streaming")
 nitpick_ignore_regex = [
     (r"py:.*", rf"({'|'.join(third_party)})(\..*)?"),
     (r"py:.*", rf"cellplm_scvi\.({'|'.join(internal)})(\..*)?"),
