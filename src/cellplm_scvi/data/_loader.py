@@ -278,7 +278,7 @@ def whole_sample_loader(
 ) -> CellLoader:
     """A loader whose minibatches hold every context with a target, for inference and (``shared``) validation."""
     pool = np.arange(table.n_cells) if pool is None else pool
-    nearest = _nearest(table, spatial, pool)
+    nearest = find_nearest(table, spatial, pool)
     contexts = whole_contexts(table, pool, targets, max_context, nearest)
     return CellLoader(
         CellDataset(table, spatial, nearest), WholeSampleSampler(contexts, batch_size, shared=shared), **kwargs
@@ -296,11 +296,12 @@ def training_loader(
     **kwargs: Any,
 ) -> CellLoader:
     """A loader of random slices for training."""
-    dataset = CellDataset(table, spatial, _nearest(table, spatial, pool))
+    dataset = CellDataset(table, spatial, find_nearest(table, spatial, pool))
     return CellLoader(dataset, RandomSliceSampler(table, pool, context_size, batch_size, seed), **kwargs)
 
 
-def _nearest(table: CellTable, spatial: SpatialInputs, pool: np.ndarray) -> NearestCells | None:
+def find_nearest(table: CellTable, spatial: SpatialInputs, pool: np.ndarray) -> NearestCells | None:
+    """Nearest cells within the samples of a pool of rows, if the model takes any of positions."""
     if table.coordinates is None or not (spatial.n_neighbours or spatial.n_niche):
         return None
     return nearest_cells(table, rows_by_sample(table.sample, pool), spatial.n_neighbours, spatial.n_niche)

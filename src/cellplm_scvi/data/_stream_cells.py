@@ -17,7 +17,7 @@ from ._checks import some, warn
 from ._contexts import whole_contexts
 from ._corpus import Corpus
 from ._fields import CovariateField, report_genes
-from ._loader import CellDataset, MinibatchRows, SpatialInputs, _nearest
+from ._loader import CellDataset, MinibatchRows, SpatialInputs, find_nearest
 from ._nearest import NearestCells
 from ._stream_plan import Runs, preloads
 from ._table import CellTable, CountRows
@@ -161,7 +161,7 @@ class CorpusCells:
 
     def nearest(self, table: CellTable) -> NearestCells | None:
         """Nearest cells within the samples of a table."""
-        return _nearest(table, self.spatial, np.arange(table.n_cells))
+        return find_nearest(table, self.spatial, np.arange(table.n_cells))
 
     def training(self, batches: list[Runs]) -> Iterator[Minibatch]:
         """Minibatches of a plan."""

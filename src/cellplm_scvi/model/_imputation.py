@@ -234,7 +234,7 @@ class ImputationMixin:
     def _panel_profiles(self, table: CellTable) -> list[PanelProfile]:
         """The data sets of the model's AnnData; the last stands for those, seen in training, of genes that it lacks."""
         manager = self.adata_manager  # type: ignore[attr-defined]
-        assert table.measured is not None  # for mypy
+        panels: np.ndarray = table.measured  # type: ignore[assignment]
         device, decoder = self.module.device, self.module.decoder
         # the published decoder gives absent covariates the mean of what was learned
         tables = decoder.codes.items() if isinstance(decoder, BatchAwareDecoder) else ()
@@ -247,15 +247,15 @@ class ImputationMixin:
                     for name, codes in tables
                 },
             )
-            for p, genes in enumerate(table.measured)
+            for p, genes in enumerate(panels)
         ]
-        absent = np.ones(table.measured.shape[1], dtype=bool)
+        absent = np.ones(panels.shape[1], dtype=bool)
         places = gene_columns(manager.get_state_registry(c.X_KEY), self._gene_names(manager))  # type: ignore[attr-defined]
         absent[places[places >= 0]] = False
         if absent.any():
             profiles.append(
                 PanelProfile(
-                    shown=torch.from_numpy(absent | table.measured.any(0)).to(device),
+                    shown=torch.from_numpy(absent | panels.any(0)).to(device),
                     given=torch.from_numpy(absent).to(device),
                     # the code of no category: the mean contribution
                     covariates={name: torch.full((1,), -1, device=device) for name, _ in tables},

@@ -15,7 +15,7 @@ from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import move_to_device
 from cellplm_scvi.data._checks import some
 from cellplm_scvi.data._fields import AnnotationField
-from cellplm_scvi.data._loader import CellDataset, _nearest, whole_sample_loader
+from cellplm_scvi.data._loader import CellDataset, find_nearest, whole_sample_loader
 from cellplm_scvi.data._perturbation import Changes, ControlPairs, are_controls, observed_changes, pair_with_controls
 from cellplm_scvi.data._table import CellTable
 from cellplm_scvi.genes import map_genes
@@ -185,7 +185,7 @@ class PerturbationTrainingMixin:
                 fold = np.arange(len(judged)) % MAX_LEFT_OUT
                 for f in np.unique(fold):
                     by_others[fold == f] = common_change(observed[fold != f], variance[fold != f])
-            dataset = CellDataset(table, self._spatial_inputs, _nearest(table, self._spatial_inputs, controls))  # type: ignore[attr-defined]
+            dataset = CellDataset(table, self._spatial_inputs, find_nearest(table, self._spatial_inputs, controls))  # type: ignore[attr-defined]
             marked = pad([elements[np.flatnonzero(row)].tolist() for row in membership])
             beyond = Changes(changes.change - common, changes.variance)
             training = MarkTraining(
