@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import scvi
 from anndata import AnnData
 
 from cellplm_scvi import CellPLM
@@ -396,3 +397,42 @@ def test_mudata_that_is_set_up_wrongly(tissues, arguments, error, message):
     protein = AnnData(np.ones((tissues.n_obs, 3), np.float32), obs=tissues.obs[[]])
     with pytest.raises(error, match=message):
         CellPLM.setup_mudata(mudata.MuData({"rna": tissues, "adt": protein}), **arguments)
+
+
+@pytest.mark.parametrize("unit", ["ns", "s", "period", "interval", "date"])
+@pytest.mark.parametrize("way", ["new", "save_pretrained"])
+def test_categories_that_are_dates(make_tissues, build, train, tmp_path, unit, way):
+    """They are text to the model, so that they can be saved."""
+    adata = make_tissues()
+    day = pd.to_datetime("2024-03-01") + pd.to_timedelta(adata.obs["batch"].cat.codes.to_numpy(), unit="D")
+    adata.obs["batch"] = {
+        "period": day.to_period("D"),
+        "interval": pd.cut(adata.obs["batch"].cat.codes, [-1, 0, 1]),
+        "date": day.date,
+    }.get(unit, day.astype(f"datetime64[{unit}]") if len(unit) < 3 else None)
+    model = train(build(adata))
+    expression = model.get_normalized_expression()
+    if way == "save_pretrained":
+        model.save_pretrained(str(tmp_path / "model"))
+        model = CellPLM.from_pretrained(str(tmp_path / "model"), accelerator="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        np.testing.assert_array_equal(model.get_normalized_expression(adata.copy()), expression)
+    if unit not in ("period", "interval"):
+        adata.obs["batch"] = np.where(adata.obs["batch"] == adata.obs["batch"].min(), "2024-03-01", "2024-03-02")
+        np.testing.assert_array_equal(model.get_normalized_expression(adata), expression)
+
+
+def test_names_of_genes_that_are_numbers(tissues):
+    tissues.var.index = pd.RangeIndex(tissues.n_vars)
+    with pytest.raises(TypeError, match="30 names that are no text .such as 0 of type int.*var_names.astype"):
+        CellPLM.setup_anndata(tissues)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_counts_in_the_byte_order_of_another_machine(tissues, build, train, sparse):
+    expected = train(build(tissues)).get_latent_representation()
+    counts = tissues.X if sparse else tissues.X.toarray()
+    tissues.X = counts.astype(np.dtype(np.float32).newbyteorder())
+    scvi.settings.seed = 0
+    np.testing.assert_array_equal(train(build(tissues)).get_latent_representation(), expected)

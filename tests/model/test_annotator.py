@@ -114,6 +114,24 @@ def test_whole_samples_are_held_out(n_groups):
         hold_out(labels, groups, 1.0, seed=0)
 
 
+@pytest.mark.parametrize("n_shared", [0, 2])
+def test_a_class_that_one_sample_has_is_in_training_and_held_out(n_shared):
+    """Of such classes cells are left out, of others samples."""
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(5), 40)
+    labels = np.where(rng.random(200) < 0.5, rng.integers(max(1, n_shared), size=200), n_shared + groups)
+    labels = labels if n_shared else groups
+    folds = make_folds(labels, groups, seed=0)
+    np.testing.assert_array_equal(np.sort(np.concatenate([test for _, test in folds])), np.arange(200))
+    for train, test in folds:
+        np.testing.assert_array_equal(np.sort(np.concatenate([train, test])), np.arange(200))
+        assert set(labels[test]) <= set(labels[train])
+        shared = labels < n_shared
+        assert not set(groups[train][shared[train]]) & set(groups[test][shared[test]])
+    sizes = [np.bincount(labels[test], minlength=labels.max() + 1)[n_shared:] for _, test in folds]
+    assert np.ptp(sizes, axis=0).max() <= 1
+
+
 def test_cells_that_fit_no_class(annotator, labelled):
     strange = labelled.adata[:40].copy()
     counts = np.zeros(strange.shape, dtype=np.float32)

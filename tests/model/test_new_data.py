@@ -217,3 +217,26 @@ def test_genes_in_another_order_load_without_a_word(dissociated_model, tmp_path)
     np.testing.assert_allclose(
         again.get_latent_representation(), dissociated_model.get_latent_representation(), atol=1e-5
     )
+
+
+@pytest.mark.parametrize("key", ["batch", "sample", "study"])
+@pytest.mark.parametrize("first", ["absent", "other"])
+def test_columns_that_are_mended_are_read_again(model, key, first):
+    """A warning asks for it."""
+    expected = model.adata.copy()
+    new = model.adata.copy()
+    column = new.obs.pop(key)
+    if first == "other":
+        new.obs[key] = "other"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        before = model.get_latent_representation(new), model.get_normalized_expression(new).to_numpy()
+    new.obs[key] = column
+    assert not all(
+        np.array_equal(a, b)
+        for a, b in zip(
+            before, (model.get_latent_representation(new), model.get_normalized_expression(new)), strict=True
+        )
+    )
+    np.testing.assert_array_equal(model.get_latent_representation(new), model.get_latent_representation(expected))
+    np.testing.assert_array_equal(model.get_normalized_expression(new), model.get_normalized_expression(expected))

@@ -265,3 +265,49 @@ def test_arguments_that_are_mixed_up(reference, new_data):
         CellPLM.from_pretrained(None)
     with pytest.raises(TypeError, match='Unexpected argument: "batchkey", which setup_anndata does not take'):
         CellPLM.load_query_data(new_data, reference, batchkey="batch")
+
+
+@pytest.mark.parametrize("way", [None, "save", "save_pretrained"])
+@pytest.mark.parametrize("added", ["batch_key", "sample_key", "platform_key", "dataset_key"])
+def test_data_set_up_without_a_key_are_read_without_it(make_tissues, build, train, tmp_path, added, way):
+    """Even if they have a column of the name that the query's has."""
+    adata = make_tissues()
+    adata.obs["extra"] = adata.obs["platform"].astype(str)
+    keys = {"batch_key": "batch", "platform_key": None, "dataset_key": None, "sample_key": None} | {added: None}
+    reference = train(build(adata, keys))
+    new = make_tissues(60, seed=4)
+    new.obs["batch"] = "new"
+    new.obs["extra"] = "extra"
+    if added == "batch_key":
+        del new.obs["batch"]
+    model = train(CellPLM.load_query_data(new, reference, **{added: "extra"}, accelerator="cpu"))
+    if way is not None:
+        getattr(model, way)(str(tmp_path / "model"))
+        load = {"save": CellPLM.load, "save_pretrained": CellPLM.from_pretrained}[way]
+        model = load(str(tmp_path / "model"), adata=new.copy(), accelerator="cpu")
+    z, expression = reference.get_latent_representation(), reference.get_normalized_expression()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for old in (reference.adata, reference.adata.copy()):
+            np.testing.assert_array_equal(model.get_latent_representation(old), z)
+            np.testing.assert_array_equal(model.get_normalized_expression(old), expression)
+    assert np.isfinite(model.get_latent_representation()).all()
+
+
+@pytest.mark.parametrize("set_up", [True, False])
+def test_library_sizes_cannot_be_added(reference, new_data, set_up):
+    """Expected counts of the reference add up to the sum of each cell's counts."""
+    new_data.obs["size"] = 1e4
+    if set_up:
+        CellPLM.setup_anndata(new_data, batch_key="batch", size_factor_key="size")
+    keys = {} if set_up else {"size_factor_key": "size"}
+    with pytest.raises(ValueError, match='size_factor_key="size": the model was trained without it.*=None'):
+        CellPLM.load_query_data(new_data, reference, accelerator="cpu", **keys)
+    query = CellPLM.load_query_data(new_data, reference, accelerator="cpu", size_factor_key=None)
+    assert np.isfinite(query.get_normalized_expression()).all(axis=None)
+
+
+def test_a_folder_saved_with_a_prefix(reference, new_data, tmp_path):
+    reference.save(str(tmp_path / "model"), prefix="mine_")
+    with pytest.raises(ValueError, match='saved with prefix="mine_".*CellPLM.load'):
+        CellPLM.load_query_data(new_data, tmp_path / "model", accelerator="cpu")

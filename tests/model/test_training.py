@@ -380,3 +380,32 @@ def test_what_was_changed_since_it_was_set_up_is_noticed(make_tissues, build, tr
 def test_a_weight_of_the_neighbourhood_is_not_negative(make_tissues, build):
     with pytest.raises(ValueError, match="niche_weight=-1 must not be negative"):
         build(make_tissues(spatial=True), niche_weight=-1)
+
+
+def test_a_model_trains_on_its_own_set_up_whichever_came_last(make_tissues, train):
+    def weights(another: bool) -> torch.Tensor:
+        adata = make_tissues()
+        scvi.settings.seed = 0
+        CellPLM.setup_anndata(adata, batch_key="batch", sample_key="sample")
+        model = CellPLM(adata, n_hidden=16, n_layers=1, n_latent=4)
+        if another:
+            CellPLM.setup_anndata(adata, batch_key="cell_type")
+        scvi.settings.seed = 0
+        train(model, max_epochs=2)
+        return torch.cat([p.detach().ravel() for p in model.module.parameters()])
+
+    assert torch.equal(weights(False), weights(True))
+
+
+def test_zeros_that_are_stored_do_not_matter(make_tissues, build, train):
+    def embedding(stored: bool) -> np.ndarray:
+        adata = make_tissues()
+        if stored:
+            adata.X.data[::3] = 0
+        else:
+            adata.X.data[::3] = 0
+            adata.X.eliminate_zeros()
+        scvi.settings.seed = 0
+        return train(build(adata), max_epochs=2).get_latent_representation()
+
+    np.testing.assert_array_equal(embedding(True), embedding(False))

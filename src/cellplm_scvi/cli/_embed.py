@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from cellplm_scvi.data._corpus import MANIFEST, Corpus
 from cellplm_scvi.data._corpus_build import build_corpus
 from cellplm_scvi.data._corpus_source import Source, named_sources, opened
 from cellplm_scvi.data._streaming import CorpusDataModule
-from cellplm_scvi.data._vocabulary import match_genes
+from cellplm_scvi.data._vocabulary import ORGANISM_KEY, match_genes
 from cellplm_scvi.genes._tables import Organism
 from cellplm_scvi.model import CellPLM
 from cellplm_scvi.model._defaults import default_inference_batch_size
@@ -50,7 +51,7 @@ def embed(
     sample_key: str | None = None,
     spatial_key: str | None = None,
     size_factor_key: str | None = None,
-    organism: Organism = "human",
+    organism: Organism | None = None,
     batch_size: int | None = None,
     accelerator: str = "auto",
     device: int | str = "auto",
@@ -82,7 +83,7 @@ def embed(
     size_factor_key
         Of the file: column of obs with the library size over all genes.
     organism
-        Of the file: whose genes it names, "human" or "mouse".
+        Of the file: whose genes it names, "human" or "mouse"; by default what the model was told.
     batch_size
         Cells that the encoder takes at once.
     accelerator
@@ -106,7 +107,11 @@ def embed(
     given = _given(source, keys)
     network = model if isinstance(model, CellPLM) else load_model(model, accelerator=accelerator, device=device)
     by_source = isinstance(given, Source)
-    genes = _check_file(network, given) if isinstance(given, Source) else None
+    genes = None
+    if isinstance(given, Source):
+        told = network.registry_["field_registries"][c.X_KEY]["state_registry"].get(ORGANISM_KEY, "human")
+        given = replace(given, organism=organism or told)
+        genes = _check_file(network, given)
     work = out.with_name(f"{out.name}.part")
     with _work_folder(work):
         corpus = given
@@ -130,6 +135,7 @@ def _given(source: str | Path | Corpus, keys: dict[str, Any]) -> Corpus | Source
                 "which was built with its own. Leave it out."
             )
         return source if isinstance(source, Corpus) else Corpus(source)
+    keys = {name: value for name, value in keys.items() if value is not None}
     return named_sources(Source(source, **keys), {})[0]
 
 

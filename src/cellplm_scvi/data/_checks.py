@@ -38,8 +38,9 @@ def some(names: Sequence[object] | np.ndarray | pd.Index, most: int = 3) -> str:
 
 
 def as_csr(x: Any) -> sp.csr_matrix:
-    """A dense or sparse matrix in memory as CSR; half precision, which SciPy does not have, becomes single."""
-    return sp.csr_matrix(x.astype(np.float32) if x.dtype == np.float16 else x)
+    """A dense or sparse matrix in memory as CSR; types that SciPy does not have become single precision."""
+    foreign = x.dtype == np.float16 or not x.dtype.isnative  # in the byte order of another machine
+    return sp.csr_matrix(x.astype(np.float32) if foreign else x)
 
 
 def value_chunks(x: Any) -> Iterator[tuple[int, np.ndarray]]:
@@ -109,9 +110,14 @@ def _fractional(values: np.ndarray, fraction: np.ndarray, where: str, high: floa
 
 
 def check_names(adata: AnnData) -> None:
-    """Raise on no cells, no genes or ambiguous genes; warn of ambiguous cells."""
+    """Raise on no cells, no genes, or genes without a name of their own; warn of ambiguous cells."""
     if adata.n_obs == 0 or adata.n_vars == 0:
         raise ValueError(f"The AnnData is empty: it has {adata.n_obs} cells and {adata.n_vars} genes.")
+    if other := [name for name in adata.var_names if not isinstance(name, str)]:
+        raise TypeError(
+            f"var_names has {len(other):,} names that are no text (such as {other[0]!r} of type {type(other[0]).__name__}). "
+            "Genes are matched by name: call `adata.var_names = adata.var_names.astype(str)`."
+        )
     if not adata.var_names.is_unique:
         names = adata.var_names[adata.var_names.duplicated()].unique()
         raise ValueError(

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cache, partial
 
 import numpy as np
-import pandas as pd
 
 from ._content import content_order, content_weights
 from ._nearest import NearestCells, located
@@ -183,9 +182,10 @@ def _fixed_slices(
         return [(rows, rows)]
     has_position = located(table.coordinates, rows)
     placed, loose = rows[has_position], rows[~has_position]
-    if placed.size:  # one order for the same cells: sums round alike, and cells of one place are cut by name
-        names = pd.util.hash_array(table.names[placed].astype(object))
-        placed = placed[np.lexsort((names, *table.coordinates[placed].T))]  # type: ignore[index]
+    if placed.size:  # one order for the same cells, so that sums round alike
+        if np.unique(table.coordinates[placed], axis=0).shape[0] < placed.size:  # type: ignore[index]
+            placed = placed[content_order(table, placed)]
+        placed = placed[np.lexsort(table.coordinates[placed].T)]  # type: ignore[index]
     if loose.size:
         loose = loose[content_order(table, loose)]
     weight = cache(partial(content_weights, table, placed))

@@ -18,7 +18,7 @@ import scvi
 
 from cellplm_scvi import _constants as c
 
-from ._fields import CovariateField
+from ._fields import ABSENT, CovariateField
 from ._panels import MEASURED_GENES
 from ._vocabulary import ORGANISM_KEY
 
@@ -205,7 +205,11 @@ class Corpus:
         return [ad.io.sparse_dataset(self._shard(n)["X"]) for n in range(self.n_shards)]
 
     def to_anndata(self) -> ad.AnnData:
-        """The whole corpus in memory; ``varm["measured_genes"]``, genes x data sets, if some measured only a part of them."""
+        """The whole corpus in memory.
+
+        ``varm["measured_genes"]``, genes x data sets, is there if some measured only a part of the genes. Where sources without a
+        platform meet others, their cells have the platform ``"(absent)"``.
+        """
         shards = [_read(self._shard(n)) for n in range(self.n_shards)]
         for shard in shards:
             shard.uns.clear()
@@ -214,7 +218,10 @@ class Corpus:
         x: Any = adata.X
         adata.X = sp.csr_matrix((x.data.astype(np.float32), x.indices, x.indptr), shape=x.shape)
         for column in ("batch", "platform", "dataset", "sample"):
-            adata.obs[column] = pd.Categorical(np.asarray(adata.obs[column], dtype=object))
+            values = pd.Series(adata.obs[column], dtype=object)
+            if values.notna().any():  # some sources may have no platform
+                values = values.fillna(ABSENT)
+            adata.obs[column] = pd.Categorical(values)
         if self.panels is not None:
             adata.varm[MEASURED_GENES] = pd.DataFrame(
                 self.panels.T, index=adata.var_names, columns=self.categories[c.DATASET_KEY]

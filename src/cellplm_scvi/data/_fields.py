@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,15 @@ def report_genes(known: pd.Index, given: pd.Index, where: str = "this AnnData") 
         warn("; ".join(parts) + "." + few)
 
 
+def as_categories(column: pd.Series) -> pd.Series:
+    """A column as categories that are text, numbers or truth values; others, such as dates, become text."""
+    column = column.astype("category")
+    names = list(column.cat.categories)
+    if all(isinstance(name, str | Number | np.bool_) for name in names):
+        return column
+    return column.cat.rename_categories([str(name).removesuffix(" 00:00:00") for name in names])
+
+
 class CovariateField(CategoricalObsField):
     """A covariate of the decoder. Categories that the model has not seen get codes past the end of its table."""
 
@@ -103,7 +113,7 @@ class CovariateField(CategoricalObsField):
             self._setup_default_attr(adata)
         check_no_missing(check_column(adata, self._original_attr_key, self.argument), self._original_attr_key)
         # Unlike scvi-tools' field: categories without a cell get no code, which no cell could train.
-        column = adata.obs[self._original_attr_key].astype("category").cat.remove_unused_categories()
+        column = as_categories(pd.Series(adata.obs[self._original_attr_key])).cat.remove_unused_categories()
         adata.obs[self.attr_key] = column.cat.codes.astype(np.int64)
         mapping = column.cat.categories.to_numpy(copy=True)
         return {
@@ -118,15 +128,16 @@ class CovariateField(CategoricalObsField):
         if self.is_default and not state_registry.get(UNNAMED_KEY):
             self._setup_default_attr(adata_target)
         elif self.is_default or key not in adata_target.obs:
-            if not state_registry.get(UNNAMED_KEY):
+            if not state_registry.get(UNNAMED_KEY) and key != ABSENT:
                 self.say_absent(key)
             adata_target.obs[self.attr_key] = np.full(adata_target.n_obs, len(known))
             return {**state_registry, self.CATEGORICAL_MAPPING_KEY: np.append(np.asarray(known, dtype=object), ABSENT)}
         self.validate_field(adata_target)
-        column = adata_target.obs[self._original_attr_key].astype("category")
+        column = as_categories(pd.Series(adata_target.obs[self._original_attr_key]))
         unseen = [category for category in column.cat.categories[np.unique(column.cat.codes)] if category not in known]
-        if unseen and not state_registry.get(UNNAMED_KEY):
-            self.say_unseen(key, unseen, int(column.isin(unseen).to_numpy().sum()))
+        named = [category for category in unseen if category != ABSENT]
+        if named and not state_registry.get(UNNAMED_KEY):
+            self.say_unseen(key, named, int(column.isin(named).to_numpy().sum()))
         mapping = np.concatenate([np.asarray(known, dtype=object), np.asarray(unseen, dtype=object)])
         adata_target.obs[self.attr_key] = pd.Index(mapping).get_indexer(column.astype(object)).astype(np.int64)
         return {**state_registry, self.CATEGORICAL_MAPPING_KEY: mapping}

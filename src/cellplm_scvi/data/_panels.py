@@ -86,7 +86,7 @@ def concat_panels(
             format="csr",
         ),
         obs=_joined_obs(named, label),
-        var=var.loc[genes],
+        var=_with_truth_values(var.loc[genes]),
     )
     joined.varm[MEASURED_GENES] = pd.DataFrame(
         {name: genes.isin(adata.var_names) for name, adata in named.items()}, index=genes
@@ -215,11 +215,19 @@ def _joined_obs(named: Mapping[str, AnnData], label: str) -> pd.DataFrame:
         if repeated.intersection(adata.obs_names):
             table.index = [f"{cell}-{name}" for cell in table.index]
         tables.append(table.assign(**{label: name}))
-    obs = pd.concat(tables, join="outer")
+    obs = _with_truth_values(pd.concat(tables, join="outer"))
     obs[label] = pd.Categorical(obs[label], categories=list(named))
     for column in categories:
         obs[column] = obs[column].astype("category")
     return obs
+
+
+def _with_truth_values(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with columns of truth values as such, nullable where some are missing, so that it can be written."""
+    for name in table.select_dtypes(object):
+        if pd.api.types.infer_dtype(table[name]) == "boolean":
+            table[name] = table[name].astype("boolean" if table[name].isna().any() else bool)
+    return table
 
 
 def _joined_coordinates(named: Mapping[str, AnnData], key: str) -> np.ndarray | None:

@@ -59,7 +59,7 @@ class CountRows:
         if isinstance(x, CSCDataset):
             x = x.to_memory()
         if sp.issparse(x):
-            x = x.tocsr()
+            x = as_csr(x)
             if not x.has_canonical_format:
                 x = x.copy()
                 x.sum_duplicates()
@@ -90,6 +90,7 @@ class CountRows:
         part = part.astype(np.float32, copy=False)
         if self._backed:
             part.sum_duplicates()
+        part.eliminate_zeros()
         if self._columns is None and self._panel is None:
             return part
         columns = part.indices if self._columns is None else self._columns[part.indices]
@@ -137,6 +138,7 @@ class CellTable:
     @classmethod
     def from_manager(cls, manager: AnnDataManager) -> CellTable:
         """Read what is registered."""
+        manager.validate()  # the AnnData may hold the codes of another set-up
         registry = manager.data_registry
         state = manager.get_state_registry(c.X_KEY)
         genes = pd.Index(state.column_names)

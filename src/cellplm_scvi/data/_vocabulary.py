@@ -165,8 +165,8 @@ def report_match(vocabulary: pd.Index, given: pd.Index, x: object, organism: str
 def _gene_totals(x: Any) -> np.ndarray:
     """Counts of each gene, (n_genes,)."""
     if sp.issparse(x):
-        return np.asarray(x.sum(0), dtype=np.float64).ravel()
+        return np.asarray(x.sum(0, dtype=np.float64)).ravel()
     if not hasattr(x, "dtype") or x.shape[0] == 0:
         return np.zeros(x.shape[1])
     starts = range(0, x.shape[0], CHUNK_ROWS)
-    return sum(np.asarray(x[n : n + CHUNK_ROWS].sum(0), dtype=np.float64).ravel() for n in starts)  # type: ignore[return-value]
+    return sum(np.asarray(x[n : n + CHUNK_ROWS].sum(0, dtype=np.float64)).ravel() for n in starts)  # type: ignore[return-value]

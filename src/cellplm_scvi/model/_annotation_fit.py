@@ -52,17 +52,30 @@ class HeadFit:
 
 
 def make_folds(labels: np.ndarray, groups: np.ndarray, seed: int, most: int = MAX_FOLDS) -> Folds:
-    """Folds that leave whole samples out if there are several, else random cells; labels and groups (n_cells,)."""
-    n_groups = np.unique(groups).size
+    """Folds that leave whole samples out, and random cells of classes that one sample has; labels and groups (n_cells,)."""
     sizes = _class_sizes(labels)
     most = min(most, int(sizes.max()))
+    pairs = np.unique(np.stack([labels, groups], 1), axis=0)
+    shared = np.bincount(pairs[:, 0])[labels] > 1
+    n_groups = np.unique(groups[shared]).size
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # rare classes are not in every fold
-        if n_groups > 1:
-            splitter = StratifiedGroupKFold(min(most, n_groups), shuffle=True, random_state=seed)
-            return list(splitter.split(labels, labels, groups))
-        n_folds = min(most, max(2, int(sizes.min())))
-        return list(StratifiedKFold(n_folds, shuffle=True, random_state=seed).split(labels, labels))
+        if not shared.any():
+            n_folds = min(most, max(2, int(sizes.min())))
+            return list(StratifiedKFold(n_folds, shuffle=True, random_state=seed).split(labels, labels))
+        splitter = StratifiedGroupKFold(min(most, n_groups), shuffle=True, random_state=seed)
+        folds = list(splitter.split(labels[shared], labels[shared], groups[shared]))
+    if shared.all():
+        return folds
+    fold = np.empty(labels.size, dtype=np.int64)
+    rows = np.flatnonzero(shared)
+    for n, (_, test) in enumerate(folds):
+        fold[rows[test]] = n
+    # one class after the other, so that each is dealt out evenly
+    order = np.random.default_rng(seed).permutation(np.flatnonzero(~shared))
+    order = order[np.argsort(labels[order], kind="stable")]
+    fold[order] = np.arange(order.size) % len(folds)
+    return [(np.flatnonzero(fold != n), np.flatnonzero(fold == n)) for n in range(len(folds))]
 
 
 def hold_out(labels: np.ndarray, groups: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

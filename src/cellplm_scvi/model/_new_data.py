@@ -11,7 +11,7 @@ from scvi.data import AnnDataManager
 
 from cellplm_scvi._compat import SCVI_UUID_KEY, AnnOrMuData, check_view, copy_if_view
 
-from ._registry import manager_of, reading, set_up_as
+from ._registry import columns_read, manager_of, reading, set_up_as
 
 
 class NewDataMixin:
@@ -27,9 +27,22 @@ class NewDataMixin:
                 raise TypeError(f"adata is of type {type(adata).__name__}; an AnnData of raw counts is needed.")
             check_view(adata)
             manager = self._own_managers.get(adata.uns.get(SCVI_UUID_KEY))
-            if manager is None or manager.adata is not adata:
+            if manager is None or manager.adata is not adata or self._has_changed(manager):
                 self._register_data(adata, self._registry_for(adata))
+                manager = self._own_managers[adata.uns[SCVI_UUID_KEY]]
+                manager.columns_read = columns_read(adata, self._reading_of(adata, manager))  # type: ignore[attr-defined]
         return super()._validate_anndata(adata, copy_if_view)  # type: ignore[misc]
+
+    def _has_changed(self, manager: AnnDataManager) -> bool:
+        """Whether other columns are to be read of data, or others stand in them, than when they were registered."""
+        if manager is self.adata_manager:  # type: ignore[attr-defined]
+            return False  # the model's own data are those that it was built for
+        now = columns_read(manager.adata, self._reading_of(manager.adata, manager))
+        return now != getattr(manager, "columns_read", None)
+
+    def _reading_of(self, adata: AnnOrMuData, manager: AnnDataManager | None) -> dict[str, Any]:
+        """Arguments of the set-up by which the model reads data, with the set-up that they have, if any."""
+        return reading(self.registry_, adata, None if manager is None else manager.registry["setup_args"])  # type: ignore[attr-defined]
 
     @property
     def _own_managers(self) -> dict[Any, AnnDataManager]:
@@ -46,8 +59,7 @@ class NewDataMixin:
                 "The model was set up with an AnnData; this is a MuData. Pass the modality of the counts, such as "
                 f'mdata["{next(iter(adata.mod))}"], or call setup_mudata on it first.'
             )
-        own = None if manager is None else manager.registry["setup_args"]
-        set_up_as(type(self), registry, method, reading(registry, adata, own))
+        set_up_as(type(self), registry, method, self._reading_of(adata, manager))
         return registry
 
     def _register_data(self, adata: AnnOrMuData, registry: dict[str, Any]) -> None:

@@ -188,6 +188,12 @@ class PretrainedMixin(NewDataMixin):
         else:
             registry, init, state, report, file = cls._read(source, overwrite_config, revision, cache_dir)
         method, arguments = setup_of(cls, adata, setup, registry["setup_args"])
+        without = not init.get("published") and c.SIZE_FACTOR_KEY not in registry["field_registries"]
+        if without and (key := arguments.get("size_factor_key")) is not None:
+            raise ValueError(
+                f'size_factor_key="{key}": the model was trained without it, on the sum of each cell\'s counts, which is '
+                "what its expected counts add up to. Pass size_factor_key=None."
+            )
         set_up_as(cls, registry, method, arguments)
         counts = registry["field_registries"][c.X_KEY]["state_registry"]
         counts[ORGANISM_KEY] = organism or counts.get(ORGANISM_KEY, "human")

@@ -83,6 +83,12 @@ class QueryMixin:
         check_words(organism=(organism or "human", get_args(Organism)))
         if isinstance(reference, str | Path) and (Path(reference) / SAVED_FILE).is_file():
             reference = cls.load(str(reference), adata=False, accelerator=accelerator, device=device)  # type: ignore[attr-defined]
+        elif isinstance(reference, str | Path) and (prefixed := next(Path(reference).glob(f"*{SAVED_FILE}"), None)):
+            prefix = prefixed.name.removesuffix(SAVED_FILE)
+            raise ValueError(
+                f'{reference} was saved with prefix="{prefix}". Load it first, and pass the model: '
+                f'{cls.__name__}.load("{reference}", prefix="{prefix}", adata=False).'
+            )
         with unseen_is_expected():
             model = cls._attached(reference, adata, setup, organism, accelerator=accelerator, device=device)  # type: ignore[attr-defined]
         categories = unknown_categories(model)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import scvi
 from anndata import AnnData
 from mudata import MuData
@@ -15,7 +16,7 @@ from scvi.data import AnnDataManager
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import SCVI_UUID_KEY, AnnOrMuData, copy_if_view
 from cellplm_scvi.data._checks import check_column, some
-from cellplm_scvi.data._fields import CovariateField
+from cellplm_scvi.data._fields import ABSENT, CovariateField
 from cellplm_scvi.data._vocabulary import EARLIER_KEY, OF_DATA, UNNAMED_KEY
 from cellplm_scvi.pretrained import PretrainedFileError, PublishedCheckpoint
 from cellplm_scvi.pretrained._own import CONFIG_FILE
@@ -83,7 +84,7 @@ def reading(registry: Mapping[str, Any], adata: AnnOrMuData, own: Mapping[str, A
     """Arguments of the set-up by which a model reads data that are not its own.
 
     A column has the name that the data were set up with, else the model's, else one that the model had before: the first
-    that the data have.
+    that the data have. Data that were set up without it are read without it if the model was without it once.
 
     Parameters
     ----------
@@ -107,10 +108,32 @@ def reading(registry: Mapping[str, Any], adata: AnnOrMuData, own: Mapping[str, A
         if saved.get(name) is None:
             arguments[name] = default
             continue
-        holder = getattr(adata if isinstance(adata, AnnData) else adata.mod.get(modalities.get(name), adata), place)
+        if name in own and own[name] in (None, ABSENT) and None in earlier.get(name, []):
+            # without it on purpose, as the model was at that time
+            arguments[name] = ABSENT if name in BUILT_FOR else None
+            continue
+        holder = getattr(_part(adata, modalities.get(name)), place)
         keys = (own.get(name), saved[name], *earlier.get(name, []))
         arguments[name] = next((key for key in keys if key is not None and key in holder), default)
     return arguments
+
+
+def _part(adata: AnnOrMuData, modality: str | None) -> AnnOrMuData:
+    """A modality of a MuData, or all of it."""
+    return adata if isinstance(adata, AnnData) else adata.mod.get(modality, adata)
+
+
+def columns_read(adata: AnnOrMuData, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands in the columns of ``obs`` that a set-up names, to tell whether it has changed since."""
+    modalities = arguments.get("modalities") or {}
+    found: dict[str, Any] = {}
+    for name in (*KEY_ARGUMENTS.values(), *WORDS):
+        key = arguments.get(name)
+        obs = _part(adata, modalities.get(name)).obs
+        if key is not None and key in obs:
+            codes, names = pd.factorize(obs[key])
+            found[name] = key, hash(codes.tobytes()), list(map(str, names))
+    return found
 
 
 def _named(own: Mapping[str, Any], adata: AnnOrMuData, saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,7 +168,7 @@ def set_up_as(
     fields = registry["field_registries"]
     counts = fields[c.X_KEY]["state_registry"]
     for name in OPTIONAL_KEYS:
-        if (key := saved.get(name)) is not None and registry["setup_args"][name] != key:
+        if name in saved and name in registry["setup_args"] and registry["setup_args"][name] != (key := saved[name]):
             earlier = counts.get(EARLIER_KEY, {})
             others = [other for other in earlier.get(name, []) if other != key]
             counts[EARLIER_KEY] = earlier | {name: [key, *others]}

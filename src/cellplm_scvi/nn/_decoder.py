@@ -79,6 +79,8 @@ class BatchAwareDecoder(nn.Module):
         self.output_codes = nn.ModuleDict({name: CovariateCodes(n, n_hidden) for name, n in covariates.items()})
         self.weight = nn.Parameter(torch.randn(n_genes, n_hidden) / n_hidden**0.5)
         shares = torch.full((n_genes,), 1.0 / n_genes) if gene_shares is None else gene_shares.float()
+        if rest:  # whose logit is 0
+            shares = shares / (1 - shares.sum()).clamp_min(0.01)
         self.bias = nn.Parameter(shares.clamp_min(1e-8).log())
         self.log_theta = nn.Parameter(torch.zeros(n_genes))
         self.rest = rest

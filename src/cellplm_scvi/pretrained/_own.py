@@ -214,7 +214,7 @@ def _checked_registry(registry: dict[str, Any], file: str) -> dict[str, Any]:
             if not isinstance(earlier, dict) or not all(isinstance(keys, list) for keys in earlier.values()):
                 raise PretrainedFileError(f"{file}: earlier_keys of {where} is {quoted(earlier)}; lists are needed.")
             for argument, keys in earlier.items():
-                _distinct(keys, str, f"{file}: earlier_keys, {quoted(argument)},")
+                _distinct(keys, (str, type(None)), f"{file}: earlier_keys, {quoted(argument)},")
         elif name in (c.SAMPLE_KEY, c.LABELS_KEY, c.PERTURBATION_KEY, *c.COVARIATES):
             needed(state, "original_key", str, where)
             names = needed(state, "categorical_mapping", list, where)
