@@ -498,3 +498,26 @@ def test_two_processes_train_like_one_with_the_same_global_batch(tmp_path, make_
     models = [CellPLM.from_pretrained(tmp_path / name / "model", accelerator="cpu") for name in ("one", "two")]
     for name, value in weights(models[0]).items():
         np.testing.assert_allclose(value, weights(models[1])[name], atol=1e-4, err_msg=name)
+
+
+def test_a_file_is_of_the_organism_that_the_model_was_told(make_tissues, tmp_path):
+    human, mouse = ["CD3E", "TP53", "SOX2", "VIM", "CD19"], ["Cd3e", "Trp53", "Sox2", "Vim", "Cd19"]
+    adata = make_tissues(60, 5)
+    adata.var_names = human
+    CellPLM.setup_anndata(adata, sample_key="sample")
+    reference = CellPLM(adata, **NETWORK)
+    reference.train(max_epochs=1, accelerator="cpu", enable_progress_bar=False)
+    adata = adata.copy()
+    adata.var_names = mouse
+    model = CellPLM.from_pretrained(reference, adata, organism="mouse", accelerator="cpu")
+    model.save_pretrained(str(tmp_path / "model"))
+    adata.write_h5ad(tmp_path / "mouse.h5ad")
+    out = embed(
+        tmp_path / "model",
+        tmp_path / "mouse.h5ad",
+        tmp_path / "z.zarr",
+        sample_key="sample",
+        progress=False,
+        accelerator="cpu",
+    )
+    np.testing.assert_allclose(ad.read_zarr(out).X, model.get_latent_representation(), atol=1e-5)

@@ -12,7 +12,8 @@ import pytest
 from anndata import AnnData
 from mudata import MuData
 
-from cellplm_scvi.data import Corpus, Source, build_corpus
+from cellplm_scvi import CellPLM
+from cellplm_scvi.data import Corpus, CorpusDataModule, Source, build_corpus
 
 pytest.importorskip("annbatch")
 
@@ -379,3 +380,24 @@ def test_what_cannot_be_read_is_named(tmp_path, tissues):
     for name in ("half.h5ad", "text.h5ad", "folder.zarr"):
         with pytest.raises(OSError, match=rf'Source "{Path(name).stem}": .*{name} cannot be opened'):
             build_corpus([tmp_path / "whole.h5ad", tmp_path / name], tmp_path / f"c_{name}", progress=False)
+
+
+def test_some_sources_may_lack_a_platform(tmp_path, make_tissues):
+    with_platform, without = make_tissues(), make_tissues(40, seed=1)
+    without.obs_names = "other " + without.obs_names
+    sources = [
+        Source(with_platform, name="a", batch_key="batch", sample_key="sample", platform_key="platform"),
+        Source(without, name="b", batch_key="batch", sample_key="sample"),
+    ]
+    corpus = build_corpus(sources, tmp_path / "c", progress=False)
+    model = CellPLM(registry=corpus.registry, n_hidden=16, n_layers=1, n_latent=4)
+    model.train(datamodule=CorpusDataModule(corpus), max_epochs=1, accelerator="cpu", enable_progress_bar=False)
+    adata = corpus.to_anndata()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        embedded = model.get_latent_representation(adata)
+    data = CorpusDataModule(corpus)
+    np.testing.assert_allclose(
+        embedded, model.get_latent_representation(dataloader=data.inference_dataloader()), atol=1e-5
+    )
+    assert set(adata.obs["platform"]) == {"drop", "plate", "(absent)"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import anndata
 import mudata
 import numpy as np
 import pandas as pd
@@ -151,3 +152,19 @@ def test_genes_that_do_not_match(reference):
         concat_panels([versions, ids])
     with pytest.warns(UserWarning, match="shares only 1 of its 2 genes"):
         concat_panels([reference, make(["A", "Y"])])
+
+
+def test_columns_of_truth_values_can_be_written(reference, section, tmp_path):
+    for adata in (reference, section):
+        adata.var["variable"] = adata.var_names.isin(["A", "D"])
+    reference.obs["doublet"] = [True, False] * 3
+    reference.var["known"] = True
+    joined = concat_panels([reference, section])
+    assert joined.var["variable"].dtype == bool
+    assert joined.var_names[joined.var["variable"]].tolist() == ["A", "D"]
+    assert joined.var["known"].isna().tolist() == [False] * 5 + [True]
+    assert joined.obs["doublet"].iloc[:6].tolist() == [True, False] * 3
+    assert joined.obs["doublet"].iloc[6:].isna().all()
+    joined.write_h5ad(tmp_path / "joined.h5ad")
+    again = anndata.read_h5ad(tmp_path / "joined.h5ad")
+    pd.testing.assert_series_equal(again.obs["doublet"], joined.obs["doublet"])

@@ -222,6 +222,9 @@ def test_neither_rows_nor_frame_nor_unit_of_a_grid_matter(make_tissues, build, t
         moved = model.adata.copy()
         moved.obsm["spatial"] = moved.obsm["spatial"] @ np.array(turn)
         np.testing.assert_allclose(embed(model, moved), z, **TOLERANCE)
+    renamed = model.adata.copy()
+    renamed.obs_names = [f"{name}-{n * 7 % 64}" for n, name in enumerate(renamed.obs_names)]
+    np.testing.assert_allclose(embed(model, renamed), z, **TOLERANCE)
 
 
 @pytest.mark.parametrize("position", ["local", "none"])

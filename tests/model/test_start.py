@@ -141,3 +141,12 @@ def test_expected_counts_are_never_further_off_than_before(model, make_tissues, 
     before = deviance()
     train(grown, **STILL)
     assert deviance() < before
+
+
+@pytest.mark.parametrize("share", [0.9, 0.5, 0.02])
+def test_a_decoder_starts_at_the_share_of_the_library(make_tissues, build, share):
+    adata = make_tissues(200)
+    adata.obs["size"] = np.asarray(adata.X.sum(1)).ravel() / share
+    model = build(adata, {"size_factor_key": "size"})
+    total = model.module.decoder.bias.double().exp().sum()
+    assert float(total / (1 + total)) == pytest.approx(share, rel=1e-4)
