@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
     from cellplm_scvi.data._table import CellTable
 
+#: column of row numbers in a copy of ``obs``
+ROW = "_cellplm_row"
+
 
 class DifferentialMixin:
     """Compares the expression of groups of cells."""
@@ -147,9 +150,12 @@ def _comparisons(
 
     def members(cells: Any) -> np.ndarray:
         if isinstance(cells, str):
-            return obs.index.isin(obs.query(cells).index)
+            # by number: names may repeat
+            cells = obs.assign(**{ROW: np.arange(len(obs))}).query(cells)[ROW]
+        rows = np.asarray(cells).ravel()
         mask = np.zeros(len(obs), dtype=bool)
-        mask[np.asarray(cells).ravel()] = True
+        if rows.size:
+            mask[rows] = True
         return mask
 
     if idx1 is not None:
@@ -163,20 +169,21 @@ def _comparisons(
         return
     if groupby not in obs:
         raise KeyError(f'groupby="{groupby}" is not a column of adata.obs, which has {some(list(obs.columns), 12)}.')
-    column = obs[groupby]
-    chosen = column.astype("category").cat.categories.tolist() if group1 is None else group1
+    # compared with a name, a missing category is False, where that of a nullable column is missing
+    column = obs[groupby].astype("category").cat.remove_unused_categories()
+    groups = column.cat.categories.tolist()
+    if group1 is None and len(groups) < 2:
+        found = f"one group only ({some(groups)})" if groups else "no value"
+        raise ValueError(f'obs["{groupby}"] has {found}: there is nothing to compare.')
+    chosen = groups if group1 is None else group1
     chosen = [chosen] if isinstance(chosen, str) or not np.iterable(chosen) else list(chosen)
-    if group1 is None and len(chosen) == 1:
-        raise ValueError(f'obs["{groupby}"] has one group only ({some(chosen)}): there is nothing to compare.')
     for name in chosen:
-        first = (column == name).to_numpy(dtype=bool, na_value=False)
-        second = ~first if group2 is None else (column == group2).to_numpy(dtype=bool, na_value=False)
+        first = (column == name).to_numpy()
+        second = ~first if group2 is None else (column == group2).to_numpy()
         for group, cells in ((name, first), (group2, second)):
             if not cells.any():
-                raise ValueError(
-                    f'obs["{groupby}"] has no cell of the group "{group}"; it has {some(column.unique())}.'
-                )
-        yield _Comparison(first, second, obs[[groupby]].copy(), (groupby, [name], group2, None, None))
+                raise ValueError(f'obs["{groupby}"] has no cell of the group "{group}"; it has {some(groups)}.')
+        yield _Comparison(first, second, column.to_frame(), (groupby, [name], group2, None, None))
 
 
 class _Columns:
