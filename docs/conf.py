@@ -103,9 +103,6 @@ nitpick_ignore_regex = [
     (r"py:.*", rf"cellplm_scvi\.({'|'.join(internal)})(\..*)?"),
 ]
 
-# scvi-tools annotates get_aggregated_posterior with a name that only type checkers can resolve
-suppress_warnings = ["sphinx_autodoc_typehints.forward_reference"]
-
 # -- HTML --------------------------------------------------------------------
 
 html_theme = "sphinx_book_theme"

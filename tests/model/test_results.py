@@ -320,16 +320,6 @@ def test_groups_that_are_not_there(planted, asked, error, message):
         planted.differential_expression(**asked, silent=True)
 
 
-def test_differential_abundance(model):
-    found = model.get_aggregated_posterior(indices=np.array(ROWS))
-    assert found.mean.shape == (4,)
-    model.differential_abundance(sample_key="sample", batch_size=16)
-    table = model.adata.obsm.pop("da_log_probs")
-    assert list(table.index) == list(model.adata.obs_names)
-    assert set(table.columns) == set(model.adata.obs["sample"])
-    assert np.isfinite(table.to_numpy()).all()
-
-
 def test_feature_correlations(planted):
     found = planted.get_feature_correlation_matrix(n_samples=4, correlation_type="pearson")
     assert list(found.index) == list(found.columns) == list(planted.adata.var_names)

@@ -159,14 +159,14 @@ def check_column(adata: AnnData, key: str, argument: str) -> pd.Series:
     return pd.Series(adata.obs[key])
 
 
-def check_no_missing(column: pd.Series, key: str) -> None:
-    """Raise if a category is missing."""
+def check_no_missing(column: pd.Series, key: str, before: str = "setup_anndata") -> None:
+    """Raise if a category is missing; the message says to mend it before some call."""
     missing = column.isna().to_numpy()
     if missing.any():
         n = int(missing.sum())
         raise ValueError(
             f'obs["{key}"] has {n:,} missing value{"s" * (n > 1)} (cells {some(column.index[missing])}). Fill '
-            "them or drop those cells before setup_anndata."
+            f"them or drop those cells before {before}."
         )
 
 

@@ -19,6 +19,7 @@ from cellplm_scvi.data._table import CellTable
 from cellplm_scvi.module import CellPLMModule
 from cellplm_scvi.nn import Encoder, GeneMasking, Latent, Position
 
+from ._abundance import AbundanceMixin
 from ._corpus import CorpusMixin
 from ._defaults import default_hidden, default_latent, default_layers
 from ._denoising import DenoisingMixin
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 class CellPLM(
     EmbeddingMixin,
     DifferentialMixin,
+    AbundanceMixin,
     ExpressionMixin,
     DenoisingMixin,
     ImputationMixin,
