@@ -14,6 +14,7 @@ from cellplm_scvi.data import synthetic_tissues, true_shares
 from cellplm_scvi.data._loader import CellDataset, MinibatchRows, SpatialInputs
 from cellplm_scvi.data._perturbation import are_controls, elements_of, observed_changes, pair_with_controls
 from cellplm_scvi.data._table import CellTable
+from cellplm_scvi.model import _perturbation_training
 from cellplm_scvi.model._perturbation_fit import common_change, fit_process, trusted
 
 QUIET = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False}
@@ -201,6 +202,35 @@ def test_training_leaves_the_rest_of_the_model_and_can_be_repeated(adata):
     model.train(1, batch_size=128, **QUIET)  # no parameter of the marks stands in the way
 
 
+@pytest.mark.parametrize(
+    "stop", [pytest.param(RuntimeError, id="failed"), pytest.param(KeyboardInterrupt, id="stopped")]
+)
+def test_training_that_does_not_end_leaves_what_was_there(adata, clone, monkeypatch, stop):
+    def stopped(*args):
+        raise stop
+
+    model = fit(adata, n_steps=1)
+    expected = model.get_perturbation_effect()
+    never = clone(model)
+    never.module.perturbation = never._perturbation = never.init_params_["non_kwargs"]["perturbation"] = None
+    monkeypatch.setattr(_perturbation_training, "fit_process", stopped)
+    for unfinished in (model, never):
+        with pytest.raises(stop):
+            unfinished.train_perturbation("none", n_steps=1, progress_bar=False)
+    for found in (model, clone(model)):
+        pd.testing.assert_frame_equal(found.get_perturbation_effect(), expected)
+    for found in (never, clone(never)):
+        with pytest.raises(ValueError, match="not trained: call train_perturbation"):
+            found.predict_perturbation("gene1")
+
+
+@pytest.mark.parametrize("n_steps", [1, 10, 11])
+def test_marks_learn_in_any_number_of_steps(adata, n_steps):
+    marks = fit(adata, n_steps=n_steps).module.perturbation
+    assert marks is not None
+    assert (marks.change.weight != 0).any()
+
+
 def test_rows_and_units_are_those_asked_for(model, adata, pair):
     rows = np.flatnonzero(controls(adata))[[5, 2, 2]]
     some = model.predict_perturbation(pair, indices=rows, library_size=100)
@@ -227,6 +257,8 @@ def test_errors_say_what_is_missing(model, adata, pair):
         model.predict_perturbation(pair, adata[~controls(adata)].copy())
     with pytest.raises(ValueError, match='mark="bold"'):
         model.train_perturbation(mark="bold")
+    with pytest.raises(ValueError, match="n_steps=0 must be a positive whole number"):
+        model.train_perturbation(n_steps=0)
 
 
 @pytest.mark.parametrize(

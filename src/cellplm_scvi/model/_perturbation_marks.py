@@ -98,7 +98,9 @@ class MarkTraining:
         for parameter in parameters:
             parameter.requires_grad_(True)
         optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=WEIGHT_DECAY)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=self.n_steps, pct_start=0.1)
+        # a tenth of ten steps would be a warm-up of no length, by which the schedule divides
+        warm_up = 0.1 if self.n_steps > 10 else 0.0
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=self.n_steps, pct_start=warm_up)
         # each perturbation counts the same, however many sets it has
         names = [self.pairs.perturbations[i] for i in chosen]
         share = np.array([1 / names.count(name) for name in names])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import move_to_device
-from cellplm_scvi.data._checks import some
+from cellplm_scvi.data._checks import check_sizes, some
 from cellplm_scvi.data._fields import AnnotationField
 from cellplm_scvi.data._loader import CellDataset, find_nearest, whole_sample_loader
 from cellplm_scvi.data._perturbation import Changes, ControlPairs, are_controls, observed_changes, pair_with_controls
@@ -75,9 +75,10 @@ class PerturbationTrainingMixin:
         Raises
         ------
         ValueError
-            If the model is not trained, the data have no perturbations or no control cells, or the network is a published
-            one.
+            If the model is not trained, the data have no perturbations or no control cells, the network is a published
+            one, or ``n_steps`` is not positive. What was trained before stays, whatever stops this.
         """
+        check_sizes(n_steps=n_steps)
         if mark not in get_args(PerturbationMark):
             raise ValueError(f'mark="{mark}" is not one of {some(get_args(PerturbationMark))}.')
         if isinstance(self.module, PublishedModule):
@@ -91,10 +92,15 @@ class PerturbationTrainingMixin:
         table = CellTable.from_manager(self.adata_manager)  # type: ignore[attr-defined]
         pairs = pair_with_controls(table, self._perturbation_of_cells(table), self._control)
         names = sorted({name for elements in pairs.perturbations for name in elements})
-        self._perturbation = {"elements": names, "mark": mark, "n_observations": len(pairs)}
-        self._add_perturbation()
+        before = self._perturbation, self.module.perturbation
+        try:
+            self._perturbation = {"elements": names, "mark": mark, "n_observations": len(pairs)}
+            self._add_perturbation()
+            self._fit_perturbation(table, pairs, n_steps, lr, progress_bar)
+        except BaseException:  # an interruption, too, would leave a head that predicts no change
+            self._perturbation, self.module.perturbation = before
+            raise
         self.init_params_["non_kwargs"]["perturbation"] = self._perturbation  # type: ignore[attr-defined]
-        self._fit_perturbation(table, pairs, n_steps, lr, progress_bar)
 
     @property
     def _control(self) -> str:
