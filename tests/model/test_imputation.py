@@ -318,3 +318,39 @@ def test_genes_that_cells_without_positions_teach_do_not_depend_on_positions(mod
     # the unit is that of the measured genes, whose sum is 1 either way
     np.testing.assert_allclose(after[~known], before[~known], rtol=1e-3, atol=1e-6)
     assert not np.allclose(after[section][known[section]], before[section][known[section]], rtol=1e-2)
+
+
+@pytest.fixture(scope="module")
+def nested(adata) -> AnnData:
+    """The reference, a section with 40 of its genes, and one with 25 of those."""
+    nested = adata.copy()
+    names = nested.obs["dataset"].astype(str)
+    names[nested.obs["sample"] == nested.obs["sample"][names == "spatial"].iloc[0]] = "small"
+    nested.obs["dataset"] = names
+    measured = nested.varm["measured_genes"]
+    panel = measured["spatial"].to_numpy()
+    nested.varm["measured_genes"] = measured.assign(small=panel & (panel.cumsum() <= 25))
+    return nested
+
+
+@pytest.mark.parametrize("regression_weight", [0.0, 0.7])
+def test_nested_panels_are_imputed_the_same_alone_and_together(nested, regression_weight):
+    """Of a gene, cells with positions teach it or not, whichever cells are asked for."""
+    CellPLM.setup_anndata(nested, **KEYS)
+    model = CellPLM(nested, n_hidden=16, n_latent=4, n_layers=1, n_components=2, n_neighbours=4, n_niche=4)
+    model.train(1, accelerator="cpu", devices=1, enable_progress_bar=False)
+    imputed = model.get_imputed_expression(regression_weight=regression_weight)
+    for name in ("spatial", "small"):
+        rows = (nested.obs["dataset"] == name).to_numpy()
+        alone = model.get_imputed_expression(indices=rows, regression_weight=regression_weight)
+        pd.testing.assert_frame_equal(alone, imputed[rows], rtol=1e-4, atol=1e-7)
+    moved = nested.copy()
+    placed = np.flatnonzero(np.isfinite(moved.obsm["spatial"]).all(1))
+    moved.obsm["spatial"][placed] = moved.obsm["spatial"][placed[::-1]]
+    again = model.get_imputed_expression(moved, regression_weight=regression_weight)
+    large = nested.varm["measured_genes"]["spatial"].to_numpy()
+    np.testing.assert_allclose(again.loc[:, ~large], imputed.loc[:, ~large], rtol=1e-3, atol=1e-6)
+    # what the larger panel teaches the smaller one depends on neighbours
+    taught = large & ~nested.varm["measured_genes"]["small"].to_numpy()
+    small = (nested.obs["dataset"] == "small").to_numpy()
+    assert not np.allclose(again.loc[small, taught], imputed.loc[small, taught], rtol=1e-3)

@@ -107,15 +107,18 @@ class ImputationMixin:
             regressions = fit_panel_regressions(table, teachers, columns)
 
         asked = _Asked(rows, columns, n_samples, library_size, batch_size, regression_weight)
-        known = np.ones((rows.size, columns.size), dtype=bool)
+        lacking = np.zeros((rows.size, columns.size), dtype=bool)
         if table.measured is not None and table.panel is not None:
-            known = table.measured[table.panel[rows]][:, columns]
-        twice = not known.all() and teachers is not None and self._taught_without_positions(table, teachers, rows)
-        # what was not measured is taken from the second pass alone, and regressions change nothing else
-        mean, deviation = self._imputed_rows(adata, asked, profiles, [] if twice else regressions)
-        if twice:
+            lacking = ~table.measured[table.panel[rows]][:, columns]
+        placeless = np.zeros_like(lacking)
+        if teachers is not None:
+            placeless = lacking & self._taught_without_positions(table, teachers)[columns]
+        # regressions change nothing but what was not measured
+        needed = regressions if (lacking & ~placeless).any() else []
+        mean, deviation = self._imputed_rows(adata, asked, profiles, needed)
+        if placeless.any():
             alone = self._imputed_rows(adata, asked, profiles, regressions, positions=False)
-            mean, deviation = (np.where(known, *both) for both in zip((mean, deviation), alone, strict=True))
+            mean, deviation = (np.where(placeless, *both) for both in zip(alone, (mean, deviation), strict=True))
         index = adata.obs_names[rows]
         frames = [pd.DataFrame(values, index=index, columns=names) for values in (mean, deviation)]
         return (frames[0], frames[1]) if return_std else frames[0]
@@ -158,14 +161,14 @@ class ImputationMixin:
                 deviations.append(values.std(0, correction=0).cpu().numpy())
         return np.concatenate(means), np.concatenate(deviations)
 
-    def _taught_without_positions(self, table: CellTable, own: CellTable, rows: np.ndarray) -> bool:
-        """Whether some of these cells have positions, and no cell has that teaches the genes that they lack."""
-        if not self._spatial_inputs.n_neighbours or table.coordinates is None or own.coordinates is None:  # type: ignore[attr-defined]
-            return False
-        placed = rows[np.isfinite(table.coordinates[rows]).all(1)]
-        lacking = ~table.measured[np.unique(table.panel[placed])]  # type: ignore[index]
-        teaches = (own.measured[None] & lacking[:, None]).any((0, 2))  # type: ignore[index]
-        return bool(teaches.any()) and not np.isfinite(own.coordinates[teaches[own.panel]]).any()
+    def _taught_without_positions(self, table: CellTable, own: CellTable) -> np.ndarray:
+        """Genes that cells of the model teach, but none with a position, (n_genes,); none if no cell here has one."""
+        measured: np.ndarray = own.measured  # type: ignore[assignment]
+        unused = not self._spatial_inputs.n_neighbours or own.coordinates is None  # type: ignore[attr-defined]
+        if unused or table.coordinates is None or not np.isfinite(table.coordinates).any():
+            return np.zeros(measured.shape[1], dtype=bool)
+        placed = np.unique(own.panel[np.isfinite(own.coordinates).all(1)])  # type: ignore[index, arg-type]
+        return measured.any(0) & ~measured[placed].any(0)
 
     def get_imputation_reliability(
         self,
