@@ -354,3 +354,33 @@ def test_nested_panels_are_imputed_the_same_alone_and_together(nested, regressio
     taught = large & ~nested.varm["measured_genes"]["small"].to_numpy()
     small = (nested.obs["dataset"] == "small").to_numpy()
     assert not np.allclose(again.loc[small, taught], imputed.loc[small, taught], rtol=1e-3)
+
+
+def test_columns_that_are_marked_as_unmeasured_are_imputed_like_absent_ones(model, adata, tmp_path):
+    """A part of joined data keeps the columns of the genes that only the other part measured."""
+    model.save(str(tmp_path / "model"))
+    panel = adata.varm["measured_genes"]["spatial"].to_numpy()
+    part = adata[adata.obs["dataset"] == "spatial"].copy()
+    raw = part[:, panel].copy()
+    del raw.varm["measured_genes"]
+    expected = CellPLM.from_pretrained(model, raw, accelerator="cpu").get_imputed_expression()
+    assert expected.notna().all(axis=None)
+    query = part.copy()
+    query.obs["dataset"] = "query"
+    query.varm["measured_genes"] = part.varm["measured_genes"][["spatial"]].set_axis(["query"], axis=1)
+    for found in (
+        CellPLM.from_pretrained(model, part.copy(), accelerator="cpu"),
+        CellPLM.load(str(tmp_path / "model"), adata=part.copy(), accelerator="cpu"),
+    ):
+        pd.testing.assert_frame_equal(found.get_imputed_expression(), expected, rtol=1e-4, atol=1e-7)
+    mapped = CellPLM.load_query_data(query, model, accelerator="cpu")
+    for frame in mapped.get_imputed_expression(return_std=True):
+        assert frame.notna().all(axis=None)
+
+
+def test_training_says_which_genes_nothing_teaches(adata):
+    part = adata[adata.obs["dataset"] == "spatial"].copy()
+    CellPLM.setup_anndata(part, **KEYS)
+    model = CellPLM(part, n_hidden=16, n_latent=4, n_layers=1, n_components=2, n_neighbours=4, n_niche=4)
+    with pytest.warns(UserWarning, match="20 genes are measured in no data set.*nothing is learned of them"):
+        model.train(1, accelerator="cpu", devices=1, enable_progress_bar=False)

@@ -16,7 +16,6 @@ from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import AnnOrMuData
 from cellplm_scvi.data._checks import check_library_size, check_sizes, some
 from cellplm_scvi.data._table import CellTable
-from cellplm_scvi.data._vocabulary import gene_columns
 from cellplm_scvi.model._embedding import fixed_draws
 from cellplm_scvi.nn import BatchAwareDecoder
 
@@ -55,8 +54,9 @@ class ImputationMixin:
 
         with :math:`M_n` the genes of the cell's own panel, :math:`M_r` those of the other data set, and
         :math:`\ell^{(r)}` the logits decoded as if in it; several data sets are averaged. So the measured genes of a cell
-        add up to ``library_size``, and the others are in the same unit. Genes that the model's AnnData lacks altogether,
-        which it learned from other data before it was loaded, are decoded with the mean contribution of the covariates.
+        add up to ``library_size``, and the others are in the same unit. Genes that no data set of the model's AnnData
+        measured, whether or not it has columns for them, and that the model learned from other data before it was loaded,
+        are decoded with the mean contribution of the covariates.
 
         The embedding keeps of a cell what it can learn to keep. The rest of what the measured genes say is added by a ridge
         regression of log expression on the genes that both measured, fitted to the cells of the other data set in the model's
@@ -235,8 +235,7 @@ class ImputationMixin:
         return replace(table, measured=whole, panel=np.zeros(table.n_cells, dtype=np.int64))
 
     def _panel_profiles(self, table: CellTable) -> list[PanelProfile]:
-        """The data sets of the model's AnnData; the last stands for those, seen in training, of genes that it lacks."""
-        manager = self.adata_manager  # type: ignore[attr-defined]
+        """The data sets of the model's AnnData; the last stands for those, seen in training, of genes that none measured."""
         panels: np.ndarray = table.measured  # type: ignore[assignment]
         device, decoder = self.module.device, self.module.decoder
         # the published decoder gives absent covariates the mean of what was learned
@@ -252,13 +251,11 @@ class ImputationMixin:
             )
             for p, genes in enumerate(panels)
         ]
-        absent = np.ones(panels.shape[1], dtype=bool)
-        places = gene_columns(manager.get_state_registry(c.X_KEY), self._gene_names(manager))  # type: ignore[attr-defined]
-        absent[places[places >= 0]] = False
+        absent = ~panels.any(0)
         if absent.any():
             profiles.append(
                 PanelProfile(
-                    shown=torch.from_numpy(absent | panels.any(0)).to(device),
+                    shown=torch.ones(absent.size, dtype=torch.bool, device=device),
                     given=torch.from_numpy(absent).to(device),
                     # the code of no category: the mean contribution
                     covariates={name: torch.full((1,), -1, device=device) for name, _ in tables},

@@ -111,6 +111,13 @@ class TrainingMixin:
         if isinstance(data, CorpusDataModule | SampleSplitter):
             measured = data.cells.measured if isinstance(data, CorpusDataModule) else data.table.measured
             self.module.panels = None if measured is None else torch.from_numpy(measured).to(self.module.device)
+            if measured is not None and not self.is_trained_ and not (learned := measured.any(0)).all():  # type: ignore[attr-defined, has-type]
+                genes = self._vocabulary(None)[1][~learned]  # type: ignore[attr-defined]
+                warn(
+                    f"{len(genes):,} gene{'s are' if len(genes) > 1 else ' is'} measured in no data set, by measured_genes_key "
+                    f"({some(genes)}): nothing is learned of them, and what get_imputed_expression says of them means "
+                    "nothing. Drop them before setup_anndata."
+                )
         if max_epochs is None:
             if not isinstance(data, SampleSplitter):
                 raise ValueError("Pass max_epochs together with datamodule.")
