@@ -401,3 +401,18 @@ def test_some_sources_may_lack_a_platform(tmp_path, make_tissues):
         embedded, model.get_latent_representation(dataloader=data.inference_dataloader()), atol=1e-5
     )
     assert set(adata.obs["platform"]) == {"drop", "plate", "(absent)"}
+
+
+def test_categories_that_are_numbers_are_those_of_the_corpus(tmp_path, tissues):
+    """Which are text there."""
+    tissues.obs["batch"] = tissues.obs["batch"].cat.codes.to_numpy()
+    corpus = build_corpus(tissues, tmp_path / "c", progress=False, **KEYS)
+    model = CellPLM(registry=corpus.registry, n_hidden=16, n_layers=1, n_latent=4)
+    model.train(datamodule=CorpusDataModule(corpus), max_epochs=1, accelerator="cpu", enable_progress_bar=False)
+    expected = model.get_normalized_expression(corpus.to_anndata()).loc[tissues.obs_names]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        np.testing.assert_allclose(model.get_normalized_expression(tissues), expected, rtol=1e-4)
+    with pytest.raises(ValueError, match="nothing new to train"):
+        CellPLM.load_query_data(tissues.copy(), model, accelerator="cpu", dataset_key=None)
+    assert set(tissues.obs["batch"]) == {0, 1}

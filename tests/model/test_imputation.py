@@ -384,3 +384,13 @@ def test_training_says_which_genes_nothing_teaches(adata):
     model = CellPLM(part, n_hidden=16, n_latent=4, n_layers=1, n_components=2, n_neighbours=4, n_niche=4)
     with pytest.warns(UserWarning, match="20 genes are measured in no data set.*nothing is learned of them"):
         model.train(1, accelerator="cpu", devices=1, enable_progress_bar=False)
+
+
+def test_data_sets_without_cells_teach_nothing(adata):
+    """Genes that only they share are not hidden."""
+    target = adata[(adata.obs["dataset"] == "spatial").to_numpy()].copy()
+    CellPLM.setup_anndata(target, dataset_key="dataset", measured_genes_key="measured_genes")
+    model = CellPLM(target, n_hidden=16, n_layers=1, n_latent=4)
+    model.train(max_epochs=1, accelerator="cpu", enable_progress_bar=False)
+    with pytest.raises(ValueError, match="shares with other data sets are 0"):
+        model.get_imputation_reliability("spatial")

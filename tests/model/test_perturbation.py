@@ -135,6 +135,18 @@ def test_nothing_changes_where_nothing_was_found(adata):
     assert np.abs(found).mean() < 0.25 * observed
 
 
+def test_few_controls_beside_many_perturbed_cells_make_no_effect():
+    """Half a count in 6 control cells is as much as 50 counts in 594 perturbed ones."""
+    rng = np.random.default_rng(0)
+    null = AnnData(rng.poisson(rng.uniform(0.02, 0.5, 200), (600, 200)).astype(np.float32))
+    null.obs["perturbation"] = np.where(np.arange(600) < 6, "control", "A")
+    CellPLM.setup_anndata(null, perturbation_key="perturbation")
+    table = CellTable.from_manager(CellPLM(null, **SIZES).adata_manager)  # type: ignore[arg-type]
+    pairs = pair_with_controls(table, null.obs["perturbation"].to_numpy().astype(str), "control")
+    found = observed_changes(table, pairs)
+    assert (found.change**2 / found.variance).mean() < 1
+
+
 def test_before_anything_is_learned_no_change_is_predicted_exactly(model, adata):
     copy = fit(adata)
     for name in ("weights", "common", "expected", "trust"):

@@ -93,6 +93,14 @@ def as_categories(column: pd.Series) -> pd.Series:
     return column.cat.rename_categories([str(name).removesuffix(" 00:00:00") for name in names])
 
 
+def named_as(known: np.ndarray, column: pd.Series) -> pd.Series:
+    """Categories under the names that the model knows, where only the type differs: 1 and "1" are the same."""
+    names, there = column.cat.categories, set(known)
+    by_text = {str(name): name for name in known}
+    same = {name: by_text[str(name)] for name in names if name not in there and str(name) in by_text}
+    return column.cat.rename_categories({name: new for name, new in same.items() if new not in names})
+
+
 class CovariateField(CategoricalObsField):
     """A covariate of the decoder. Categories that the model has not seen get codes past the end of its table."""
 
@@ -129,12 +137,13 @@ class CovariateField(CategoricalObsField):
             self._setup_default_attr(adata_target)
         elif self.is_default or key not in adata_target.obs:
             if not state_registry.get(UNNAMED_KEY) and key != ABSENT:
-                self.say_absent(key)
+                self.say_absent(key, len(known))
             adata_target.obs[self.attr_key] = np.full(adata_target.n_obs, len(known))
             return {**state_registry, self.CATEGORICAL_MAPPING_KEY: np.append(np.asarray(known, dtype=object), ABSENT)}
         self.validate_field(adata_target)
-        column = as_categories(pd.Series(adata_target.obs[self._original_attr_key]))
-        unseen = [category for category in column.cat.categories[np.unique(column.cat.codes)] if category not in known]
+        column = named_as(known, as_categories(pd.Series(adata_target.obs[self._original_attr_key])))
+        there = set(known)
+        unseen = [category for category in column.cat.categories[np.unique(column.cat.codes)] if category not in there]
         named = [category for category in unseen if category != ABSENT]
         if named and not state_registry.get(UNNAMED_KEY):
             self.say_unseen(key, named, int(column.isin(named).to_numpy().sum()))
@@ -142,8 +151,9 @@ class CovariateField(CategoricalObsField):
         adata_target.obs[self.attr_key] = pd.Index(mapping).get_indexer(column.astype(object)).astype(np.int64)
         return {**state_registry, self.CATEGORICAL_MAPPING_KEY: mapping}
 
-    def say_absent(self, key: str) -> None:
-        warn(f'This AnnData has no obs["{key}"]: its cells get the mean {self.registry_key} code.')
+    def say_absent(self, key: str, n_known: int) -> None:
+        if n_known > 1:  # a single category has nothing to say
+            warn(f'This AnnData has no obs["{key}"]: its cells get the mean {self.registry_key} code.')
 
     def say_unseen(self, key: str, unseen: list, n_cells: int) -> None:
         warn(
@@ -163,7 +173,7 @@ class CovariateField(CategoricalObsField):
 class SampleField(CovariateField):
     """The sample of each cell. Samples carry no parameters: new ones are expected."""
 
-    def say_absent(self, key: str) -> None:
+    def say_absent(self, key: str, n_known: int) -> None:
         warn(f'This AnnData has no obs["{key}"]: all its cells are treated as one sample.')
 
     def say_unseen(self, key: str, unseen: list, n_cells: int) -> None:

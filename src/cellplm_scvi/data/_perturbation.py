@@ -132,7 +132,8 @@ def observed_changes(table: CellTable, pairs: ControlPairs) -> Changes:
 
     With counts :math:`y` and :math:`y_0` of the sets, libraries :math:`L` and :math:`L_0`, :math:`E = L y_0 / L_0`, and the
     overdispersion :math:`\phi_g` of control cells (variance over mean of counts at given library), the change is
-    :math:`\log((y + 1/2) / (E + 1/2))` and its variance :math:`\phi_g (1/(y + 1/2) + 1/(y_0 + 1/2))`.
+    :math:`\log((y + a) / (E + a))` with :math:`a = \max(1, L / L_0) / 2`, half a count of the smaller set, and its variance
+    :math:`\phi_g (1/(y + 1/2) + 1/(y_0 + 1/2))`.
 
     The second part is an error that all perturbations compared with one control set share. It looks like an effect that they
     have in common, and is taken off as far as it is likely not to be one, see :func:`_without_shared_error`.
@@ -144,8 +145,9 @@ def observed_changes(table: CellTable, pairs: ControlPairs) -> Changes:
     variance = np.zeros_like(change)
     for i, (rows, context) in enumerate(zip(pairs.perturbed, pairs.context, strict=True)):
         y, y0 = _totals(table, rows), base[context]
-        expected = library[rows].sum() * y0 / max(library[pairs.controls[context]].sum(), 1e-8)
-        change[i] = np.log((y + PSEUDOCOUNT) / (expected + PSEUDOCOUNT))
+        ratio = library[rows].sum() / max(library[pairs.controls[context]].sum(), 1e-8)
+        added = PSEUDOCOUNT * max(1.0, ratio)
+        change[i] = np.log((y + added) / (ratio * y0 + added))
         variance[i] = phi * (1 / (y + PSEUDOCOUNT) + 1 / (y0 + PSEUDOCOUNT))
         if table.measured is not None and table.panel is not None:
             panels = np.unique(table.panel[np.concatenate([rows, pairs.controls[context]])])

@@ -16,6 +16,7 @@ from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import AnnOrMuData
 from cellplm_scvi.data._checks import check_library_size, check_sizes, some
 from cellplm_scvi.data._table import CellTable
+from cellplm_scvi.data._vocabulary import gene_columns
 from cellplm_scvi.model._embedding import fixed_draws
 from cellplm_scvi.nn import BatchAwareDecoder
 
@@ -210,11 +211,13 @@ class ImputationMixin:
 
     def _vocabulary(self, gene_list: Sequence[str] | None) -> tuple[np.ndarray, pd.Index]:
         """Places in the model, and names, of the genes asked for."""
-        genes = pd.Index(self.registry_["field_registries"][c.X_KEY]["state_registry"]["column_names"])  # type: ignore[attr-defined]
+        state = self.registry_["field_registries"][c.X_KEY]["state_registry"]  # type: ignore[attr-defined]
+        genes = pd.Index(state["column_names"])
         if gene_list is None:
             return np.arange(len(genes)), genes
         wanted = pd.Index([gene_list] if isinstance(gene_list, str) else list(gene_list))
         columns = genes.get_indexer(wanted)
+        columns[columns < 0] = gene_columns(state, wanted[columns < 0])
         if (columns < 0).any():
             unknown = wanted[columns < 0]
             raise ValueError(

@@ -31,6 +31,7 @@ def imputation_reliability(
     table.columns = table.columns.astype(str)
     names = pd.Series(adata.obs[dataset_key]).astype(str)
     dataset = _chosen(table, names, None if dataset is None else str(dataset))
+    table = table.loc[:, table.columns.isin(names)]  # a data set without cells teaches nothing
     others = table.drop(columns=dataset).any(axis=1)
     genes = table.index[table[dataset] & others]
     n = round(held_out * len(genes))
