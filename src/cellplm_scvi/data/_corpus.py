@@ -18,7 +18,7 @@ import scvi
 
 from cellplm_scvi import _constants as c
 
-from ._fields import ABSENT, CovariateField
+from ._categories import ABSENT, CovariateField
 from ._panels import MEASURED_GENES
 from ._vocabulary import ORGANISM_KEY
 

@@ -1,17 +1,17 @@
-"""How data of an AnnData are registered with scvi-tools, and matched when a model meets new data."""
+"""How data of an AnnData are registered with scvi-tools, and matched when a model meets new data.
+
+Columns of ``obs`` that tell groups of cells are in ``_categories``.
+"""
 
 from __future__ import annotations
 
-from numbers import Number
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import rich.table
 from anndata import AnnData
 from scvi.data.fields import (
     BaseAnnDataField,
-    CategoricalObsField,
     LayerField,
     MuDataWrapper,
     NumericalObsField,
@@ -20,10 +20,10 @@ from scvi.data.fields import (
 
 from cellplm_scvi import _constants as c
 
-from ._checks import check_column, check_coordinates, check_counts, check_names, check_no_missing, dense, some, warn
-from ._vocabulary import MATCH_KEY, N_GIVEN_KEY, ORGANISM_KEY, UNNAMED_KEY, report_match
+from ._categories import AnnotationField, CovariateField, PerturbationField, SampleField
+from ._checks import check_column, check_coordinates, check_counts, check_names, dense, some, warn
+from ._vocabulary import MATCH_KEY, N_GIVEN_KEY, ORGANISM_KEY, report_match
 
-ABSENT = "(absent)"
 #: below this share of the model's genes, new data get a warning that says so
 FEW_GENES = 0.5
 
@@ -82,159 +82,6 @@ def report_genes(known: pd.Index, given: pd.Index, where: str = "this AnnData") 
     if parts:
         few = " These are few: results may be poor." if n_shared < FEW_GENES * len(known) else ""
         warn("; ".join(parts) + "." + few)
-
-
-def as_categories(column: pd.Series) -> pd.Series:
-    """A column as categories that are text, numbers or truth values; others, such as dates, become text."""
-    column = column.astype("category")
-    names = list(column.cat.categories)
-    if all(isinstance(name, str | Number | np.bool_) for name in names):
-        return column
-    return column.cat.rename_categories([str(name).removesuffix(" 00:00:00") for name in names])
-
-
-def named_as(known: np.ndarray, column: pd.Series) -> pd.Series:
-    """Categories under the names that the model knows, where only the type differs: 1 and "1" are the same."""
-    names, there = column.cat.categories, set(known)
-    by_text = {str(name): name for name in known}
-    same = {name: by_text[str(name)] for name in names if name not in there and str(name) in by_text}
-    return column.cat.rename_categories({name: new for name, new in same.items() if new not in names})
-
-
-class CovariateField(CategoricalObsField):
-    """A covariate of the decoder. Categories that the model has not seen get codes past the end of its table."""
-
-    #: number of categories that the model was built with, which a transfer to new data leaves as it is
-    N_KNOWN_KEY = "n_known"
-
-    def __init__(self, registry_key: str, attr_key: str | None, argument: str | None = None) -> None:
-        super().__init__(registry_key, attr_key)
-        self.argument = argument or f"{registry_key}_key"
-
-    def validate_field(self, adata: AnnData) -> None:
-        if self.is_default or (self._original_attr_key not in adata.obs and self.attr_key in adata.obs):
-            return  # there are codes without a column where data came without it, see `transfer_field`
-        check_no_missing(check_column(adata, self._original_attr_key, self.argument), self._original_attr_key)
-
-    def register_field(self, adata: AnnData) -> dict:
-        if self.is_default:
-            self._setup_default_attr(adata)
-        check_no_missing(check_column(adata, self._original_attr_key, self.argument), self._original_attr_key)
-        # Unlike scvi-tools' field: categories without a cell get no code, which no cell could train.
-        column = as_categories(pd.Series(adata.obs[self._original_attr_key])).cat.remove_unused_categories()
-        adata.obs[self.attr_key] = column.cat.codes.astype(np.int64)
-        mapping = column.cat.categories.to_numpy(copy=True)
-        return {
-            self.CATEGORICAL_MAPPING_KEY: mapping,
-            self.ORIGINAL_ATTR_KEY: self._original_attr_key,
-            self.N_KNOWN_KEY: len(mapping),
-        }
-
-    def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict:
-        known = state_registry[self.CATEGORICAL_MAPPING_KEY][: state_registry[self.N_KNOWN_KEY]]
-        key = self._original_attr_key
-        if self.is_default and not state_registry.get(UNNAMED_KEY):
-            self._setup_default_attr(adata_target)
-        elif self.is_default or key not in adata_target.obs:
-            if not state_registry.get(UNNAMED_KEY) and key != ABSENT:
-                self.say_absent(key, len(known))
-            adata_target.obs[self.attr_key] = np.full(adata_target.n_obs, len(known))
-            return {**state_registry, self.CATEGORICAL_MAPPING_KEY: np.append(np.asarray(known, dtype=object), ABSENT)}
-        self.validate_field(adata_target)
-        column = named_as(known, as_categories(pd.Series(adata_target.obs[self._original_attr_key])))
-        there = set(known)
-        unseen = [category for category in column.cat.categories[np.unique(column.cat.codes)] if category not in there]
-        named = [category for category in unseen if category != ABSENT]
-        if named and not state_registry.get(UNNAMED_KEY):
-            self.say_unseen(key, named, int(column.isin(named).to_numpy().sum()))
-        mapping = np.concatenate([np.asarray(known, dtype=object), np.asarray(unseen, dtype=object)])
-        adata_target.obs[self.attr_key] = pd.Index(mapping).get_indexer(column.astype(object)).astype(np.int64)
-        return {**state_registry, self.CATEGORICAL_MAPPING_KEY: mapping}
-
-    def say_absent(self, key: str, n_known: int) -> None:
-        if n_known > 1:  # a single category has nothing to say
-            warn(f'This AnnData has no obs["{key}"]: its cells get the mean {self.registry_key} code.')
-
-    def say_unseen(self, key: str, unseen: list, n_cells: int) -> None:
-        warn(
-            f'obs["{key}"] has {len(unseen)} categor{"y" if len(unseen) == 1 else "ies"} that the model has not seen '
-            f"({some(unseen)}): {n_cells:,} cells get the mean {self.registry_key} code."
-        )
-
-    def get_summary_stats(self, state_registry: dict) -> dict:
-        return {self.count_stat_key: len(state_registry[self.CATEGORICAL_MAPPING_KEY])}
-
-    def view_state_registry(self, state_registry: dict) -> rich.table.Table | None:
-        if len(state_registry[self.CATEGORICAL_MAPPING_KEY]) > 50:
-            return None
-        return super().view_state_registry(state_registry)
-
-
-class SampleField(CovariateField):
-    """The sample of each cell. Samples carry no parameters: new ones are expected."""
-
-    def say_absent(self, key: str, n_known: int) -> None:
-        warn(f'This AnnData has no obs["{key}"]: all its cells are treated as one sample.')
-
-    def say_unseen(self, key: str, unseen: list, n_cells: int) -> None:
-        """New samples are the normal case."""
-
-
-class AnnotationField(CovariateField):
-    """A label or a perturbation of each cell, as text; missing values and a missing column mean ``default``."""
-
-    def __init__(self, registry_key: str, attr_key: str, default: str) -> None:
-        super().__init__(registry_key, attr_key)
-        self.default = str(default)
-
-    def _codes(self, adata: AnnData, known: np.ndarray | None) -> np.ndarray:
-        key = self._original_attr_key
-        given = adata.obs[key] if key in adata.obs else [self.default] * adata.n_obs
-        column = pd.Series(given, dtype=object)
-        column = column.map(str).where(column.notna().to_numpy(), self.default)
-        mapping = list(known) if known is not None else []
-        mapping += sorted(set(column) - set(mapping))
-        if self.default not in mapping:
-            mapping.append(self.default)
-        adata.obs[self.attr_key] = pd.Index(mapping, dtype=object).get_indexer(column).astype(np.int64)
-        return np.asarray(mapping, dtype=object)
-
-    def validate_field(self, adata: AnnData) -> None:
-        """A missing column and missing values are allowed."""
-
-    def register_field(self, adata: AnnData) -> dict:
-        check_column(adata, self._original_attr_key, self.argument)
-        mapping = self._codes(adata, None)
-        return {
-            self.CATEGORICAL_MAPPING_KEY: mapping,
-            self.ORIGINAL_ATTR_KEY: self._original_attr_key,
-            self.N_KNOWN_KEY: len(mapping),
-        }
-
-    def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict:
-        mapping = self._codes(adata_target, state_registry[self.CATEGORICAL_MAPPING_KEY])
-        return {**state_registry, self.CATEGORICAL_MAPPING_KEY: mapping}
-
-
-class PerturbationField(AnnotationField):
-    """The perturbation of each cell. A missing column means ``default``, the controls; a missing value is an error."""
-
-    def validate_field(self, adata: AnnData) -> None:
-        """A missing column is allowed."""
-        key = self._original_attr_key
-        if key in adata.obs and (missing := pd.Series(adata.obs[key]).isna().to_numpy()).any():
-            raise ValueError(
-                f'obs["{key}"] has {int(missing.sum()):,} missing values (cells {some(adata.obs_names[missing])}): these '
-                f'cells cannot be told from controls. Write "{self.default}" there if they are controls; else drop them.'
-            )
-
-    def register_field(self, adata: AnnData) -> dict:
-        self.validate_field(adata)
-        return super().register_field(adata)
-
-    def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict:
-        self.validate_field(adata_target)
-        return super().transfer_field(state_registry, adata_target, **kwargs)
 
 
 class CoordinatesField(ObsmField):

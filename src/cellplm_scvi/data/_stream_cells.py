@@ -13,10 +13,11 @@ import scipy.sparse as sp
 
 from cellplm_scvi import _constants as c
 
+from ._categories import CovariateField
 from ._checks import some, warn
 from ._contexts import whole_contexts
 from ._corpus import Corpus
-from ._fields import CovariateField, report_genes
+from ._fields import report_genes
 from ._loader import CellDataset, MinibatchRows, SpatialInputs, find_nearest
 from ._nearest import NearestCells
 from ._stream_plan import Runs, preloads

@@ -15,8 +15,8 @@ from sklearn.decomposition import PCA
 
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import AnnOrMuData
+from cellplm_scvi.data._categories import AnnotationField
 from cellplm_scvi.data._checks import CHUNK_ROWS, check_column, some, warn
-from cellplm_scvi.data._fields import AnnotationField
 from cellplm_scvi.data._table import CellTable
 from cellplm_scvi.module import AnnotatorModule
 from cellplm_scvi.module._annotator import balanced_weights

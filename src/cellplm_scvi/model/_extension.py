@@ -14,8 +14,8 @@ import pandas as pd
 import torch
 
 from cellplm_scvi import _constants as c
+from cellplm_scvi.data._categories import ABSENT, CovariateField
 from cellplm_scvi.data._checks import some, warn
-from cellplm_scvi.data._fields import ABSENT, CovariateField
 from cellplm_scvi.data._vocabulary import OF_DATA, ORGANISM_KEY, UNNAMED_KEY, _gene_totals, gene_columns, match_genes
 from cellplm_scvi.nn import AnnotationHead
 from cellplm_scvi.nn._nb import log_total

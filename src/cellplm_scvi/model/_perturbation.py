@@ -12,8 +12,8 @@ from torch import Tensor
 
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import AnnOrMuData, move_to_device
+from cellplm_scvi.data._categories import AnnotationField
 from cellplm_scvi.data._checks import some, warn
-from cellplm_scvi.data._fields import AnnotationField
 from cellplm_scvi.data._perturbation import are_controls, elements_of
 from cellplm_scvi.data._table import registered_codes
 from cellplm_scvi.genes import map_genes

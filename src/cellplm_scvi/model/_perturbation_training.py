@@ -13,8 +13,8 @@ from torch import Tensor
 
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import move_to_device
+from cellplm_scvi.data._categories import AnnotationField
 from cellplm_scvi.data._checks import check_sizes, some
-from cellplm_scvi.data._fields import AnnotationField
 from cellplm_scvi.data._loader import CellDataset, find_nearest, whole_sample_loader
 from cellplm_scvi.data._perturbation import Changes, ControlPairs, are_controls, observed_changes, pair_with_controls
 from cellplm_scvi.data._table import CellTable

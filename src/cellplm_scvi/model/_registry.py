@@ -15,8 +15,8 @@ from scvi.data import AnnDataManager
 
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import SCVI_UUID_KEY, AnnOrMuData, copy_if_view
+from cellplm_scvi.data._categories import ABSENT, CovariateField
 from cellplm_scvi.data._checks import check_column, some
-from cellplm_scvi.data._fields import ABSENT, CovariateField
 from cellplm_scvi.data._vocabulary import EARLIER_KEY, OF_DATA, UNNAMED_KEY
 from cellplm_scvi.pretrained import PretrainedFileError, PublishedCheckpoint
 from cellplm_scvi.pretrained._own import CONFIG_FILE
