@@ -240,3 +240,15 @@ def test_columns_that_are_mended_are_read_again(model, key, first):
     )
     np.testing.assert_array_equal(model.get_latent_representation(new), model.get_latent_representation(expected))
     np.testing.assert_array_equal(model.get_normalized_expression(new), model.get_normalized_expression(expected))
+
+
+def test_a_covariate_of_one_category_is_not_missed(tissues, build, train):
+    """It has nothing to say."""
+    tissues.obs["study"] = "one"
+    model = train(build(tissues))
+    other = model.adata.copy()
+    del other.obs["study"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        expression = model.get_normalized_expression(other)
+    np.testing.assert_array_equal(expression, model.get_normalized_expression())

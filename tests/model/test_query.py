@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scvi
 import torch
 from anndata import AnnData
 
@@ -311,3 +312,28 @@ def test_a_folder_saved_with_a_prefix(reference, new_data, tmp_path):
     reference.save(str(tmp_path / "model"), prefix="mine_")
     with pytest.raises(ValueError, match='saved with prefix="mine_".*CellPLM.load'):
         CellPLM.load_query_data(new_data, tmp_path / "model", accelerator="cpu")
+
+
+def test_half_precision_does_not_overflow_where_genes_are_added_up(of_ids):
+    """Its largest number is 65,504."""
+    names = [*of_ids.adata.var_names[1:], "new gene"]
+    half = new_batch(of_ids, names)
+    half.X = np.minimum(half.X.toarray() * 800, 60_000).astype(np.float16)
+    single = half.copy()
+    single.X = half.X.astype(np.float32)
+    found = []
+    for adata in (half, single):
+        scvi.settings.seed = 0  # where added genes start is measured on draws of z
+        model = CellPLM.from_pretrained(of_ids, adata, new_genes="add", accelerator="cpu")
+        found.append(model.get_normalized_expression().to_numpy())
+    np.testing.assert_array_equal(*found)
+    assert np.isfinite(found[0]).all()
+
+
+def test_imputation_takes_names_of_the_data_that_mean_genes_of_the_model(of_ids):
+    adata = new_batch(of_ids, [name.upper() for name in MOUSE])
+    model = CellPLM.from_pretrained(of_ids, adata, accelerator="cpu")
+    by_symbol = model.get_imputed_expression(gene_list=["CD4", "VIM"])
+    assert list(by_symbol) == ["CD4", "VIM"]
+    ids = of_ids.adata.var_names[[MOUSE.index("Cd4"), MOUSE.index("Vim")]]
+    np.testing.assert_array_equal(by_symbol, model.get_imputed_expression(gene_list=list(ids)))
