@@ -86,7 +86,7 @@ class DifferentialMixin:
         comparisons = list(_comparisons(pd.DataFrame(adata.obs), groupby, group1, group2, idx1, idx2))
 
         def representation(_: object, indices: np.ndarray) -> np.ndarray:
-            return self.get_latent_representation(adata, indices=indices)  # type: ignore[attr-defined]
+            return self.get_latent_representation(adata, indices=indices, align_batches=False)  # type: ignore[attr-defined]
 
         def shares_of(kept: np.ndarray, _: object, **cells: Any) -> np.ndarray:
             shares = self.get_normalized_expression(  # type: ignore[attr-defined]

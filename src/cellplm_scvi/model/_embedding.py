@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from scvi import settings
 
+from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import AnnOrMuData
 from cellplm_scvi.data._checks import check_sizes, warn
 from cellplm_scvi.data._loader import CellDataset, CellLoader, RowSampler, SpatialInputs, whole_sample_loader
@@ -24,10 +25,12 @@ from cellplm_scvi.nn.published import PublishedMixture
 from ._defaults import default_inference_batch_size, default_row_batch_size
 
 if TYPE_CHECKING:
-    from cellplm_scvi._typing import Minibatch
+    from cellplm_scvi._typing import InferenceOutputs, Minibatch
     from cellplm_scvi.module import CellPLMModule
 
 Moments = tuple[np.ndarray, np.ndarray]
+#: cells that are aligned at once
+ALIGNED_AT_ONCE = 65_536
 #: precision of the encoder at inference, in Lightning's words
 Precision = Literal["32-true", "bf16-mixed"]
 
@@ -188,6 +191,7 @@ class EmbeddingMixin:
         return_dist: bool = False,
         dataloader: Iterable[Minibatch] | None = None,
         precision: Precision = "32-true",
+        align_batches: bool = True,
     ) -> np.ndarray | Moments:
         """Embed cells.
 
@@ -215,6 +219,10 @@ class EmbeddingMixin:
             ``"bf16-mixed"`` computes the encoder's products in bfloat16, which is meant for GPUs; a CPU without instructions
             for it takes several times as long. On ``pbmc3k`` it moved embeddings by less than a hundredth of their standard
             deviation (root mean square).
+        align_batches
+            Move the cells of each batch, cluster by cluster, to where these clusters lie in all batches, as :meth:`train` found
+            it (:class:`~cellplm_scvi.nn.BatchAlignment`). ``False`` gives the mean of q(z|h) itself, which the decoder and all other
+            results take. Cells of a batch that the model does not know stay where they are.
 
         Returns
         -------
@@ -225,7 +233,7 @@ class EmbeddingMixin:
         if dataloader is not None:
             if adata is not None or indices is not None:
                 raise ValueError("Pass either `dataloader` or `adata` and `indices`.")
-            mean, variance = self._moments_of(dataloader, precision)
+            mean, variance, batch = self._moments_of(dataloader, precision)
         else:
             adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
             table = self._table(adata)
@@ -236,6 +244,11 @@ class EmbeddingMixin:
                 moment if indices is None else moment[rows]
                 for moment in self._moments(table, rows, batch_size, mean_only=mean_only, precision=precision)
             )
+            codes = table.covariates.get(c.BATCH_KEY)
+            batch = np.full(table.n_cells, -1) if codes is None else codes
+            batch = batch if indices is None else batch[rows]
+        if align_batches:
+            mean = self._aligned(mean, batch)
         if return_dist:
             return mean, variance
         if give_mean:
@@ -244,9 +257,25 @@ class EmbeddingMixin:
             draws = self.module.latent.sample(torch.from_numpy(mean), torch.from_numpy(variance), mc_samples)
         return (draws if mc_samples == 1 else draws.mean(0)).numpy()
 
-    def _moments_of(self, dataloader: Iterable[Minibatch], precision: Precision) -> Moments:
+    def _aligned(self, mean: np.ndarray, batch: np.ndarray) -> np.ndarray:
+        """Embeddings, (n_cells, n_latent), after the alignment of the batches with these codes, (n_cells,)."""
+        alignment = self.module.alignment
+        if alignment is None or not alignment.fitted:
+            return mean
+        # in place, for the largest array is the result, unless others see it too
+        aligned = mean if self._kept_moments is None else mean.copy()
+        for rows in np.array_split(np.arange(len(mean)), max(1, len(mean) // ALIGNED_AT_ONCE)):
+            part = slice(rows[0], rows[-1] + 1) if rows.size else slice(0)
+            z = torch.from_numpy(aligned[part]).to(self.module.device)
+            aligned[part] = alignment(z, torch.from_numpy(batch[part]).to(z.device)).cpu().numpy()
+        return aligned
+
+    def _moments_of(
+        self, dataloader: Iterable[Minibatch], precision: Precision
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Mean and variance of q(z|h), each (n_cells, n_latent), and codes of batches, (n_cells,), of a loader's cells."""
         self.module.eval()
-        rows = []
+        rows, batches = [], []
 
         def minibatches() -> Iterator[Minibatch]:
             if not isinstance(dataloader, InferenceLoader):
@@ -256,13 +285,16 @@ class EmbeddingMixin:
                 rows.append(found)
                 yield tensors
 
+        def embedded(tensors: Minibatch) -> InferenceOutputs:
+            batches.append(tensors["batch"][tensors["target"]] if "target" in tensors else tensors["batch"])
+            return self.module.inference(tensors)
+
         with fixed_draws(anew=True), self._autocast(precision):
-            outputs = [self.module.inference(tensors) for tensors in minibatches()]
+            outputs = [embedded(tensors) for tensors in minibatches()]
         mean, variance = (torch.cat([o[key].float().cpu() for o in outputs]).numpy() for key in ("qzm", "qzv"))
-        if rows:
-            order = np.argsort(np.concatenate(rows))
-            return mean[order], variance[order]
-        return mean, variance
+        batch = torch.cat(batches).cpu().numpy()
+        order = np.argsort(np.concatenate(rows)) if rows else slice(None)
+        return mean[order], variance[order], batch[order]
 
     def get_mixture_probabilities(
         self,
@@ -293,7 +325,7 @@ class EmbeddingMixin:
                 f"{type(latent).__name__}."
             )
         adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
-        mean = self.get_latent_representation(adata, indices=indices, batch_size=batch_size)
+        mean = self.get_latent_representation(adata, indices=indices, batch_size=batch_size, align_batches=False)
         with torch.inference_mode():
             z = torch.from_numpy(np.asarray(mean)).to(self.module.device)
             probabilities = latent.responsibilities(z).cpu().numpy()

@@ -24,6 +24,7 @@ from cellplm_scvi.train import (
     whole_afterwards,
 )
 
+from ._alignment import fit_alignment
 from ._defaults import default_batch_size, default_max_epochs
 from ._extension import unknown_categories
 from ._start import start_decoders
@@ -168,6 +169,8 @@ class TrainingMixin:
                 **({"use_distributed_sampler": False} if isinstance(data, CorpusDataModule | SampleSplitter) else {}),
                 **{"gradient_clip_val": 1.0, **trainer_kwargs},
             )()
+        if isinstance(data, SampleSplitter) and freeze != "backbone":
+            fit_alignment(self, new_batches=freeze == "reference")  # type: ignore[arg-type]
 
     def _plan_defaults(
         self, max_epochs: int, freeze: Freeze | None, n_steps: int | None, given: Mapping[str, Any]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 from cellplm_scvi.nn import (
+    BatchAlignment,
     BatchAwareDecoder,
     Encoder,
     GeneEmbedder,
@@ -32,6 +33,10 @@ from ._expression import ExpressionDistribution
 
 if TYPE_CHECKING:
     from cellplm_scvi._typing import GenerativeOutputs, InferenceOutputs, Minibatch
+
+
+#: batches times dimensions up to which batches are aligned, which bounds the memory of the alignment to 40 MB
+MAX_ALIGNED = 65_536
 
 
 class CellPLMModule(BaseModuleClass):
@@ -117,6 +122,11 @@ class CellPLMModule(BaseModuleClass):
         self.decoder = BatchAwareDecoder(
             n_latent, n_hidden, n_decoder_layers, n_genes, covariates, dropout_rate, gene_shares, rest
         )
+        n_batches = covariates.get("batch", 1)
+        #: where the embedding of each batch is moved to, once that is fitted
+        self.alignment = (
+            BatchAlignment(n_batches, n_latent) if n_batches > 1 and n_batches * n_latent <= MAX_ALIGNED else None
+        )
         self.niche = (
             NicheDecoder(n_latent, n_hidden, n_genes, covariates, gene_shares) if local and niche_weight > 0 else None
         )
@@ -151,6 +161,8 @@ class CellPLMModule(BaseModuleClass):
         for covariate, (n_known, n_added) in sizes.items():
             for decoder in self.decoders:
                 decoder.add_categories(covariate, n_known, n_added)
+        if self.alignment is not None and "batch" in sizes:
+            self.alignment.add_batches(sizes["batch"][1])
         self.last_added = tuple(sizes)
 
     def newest_codes(self) -> list[nn.Parameter]:

@@ -50,7 +50,7 @@ class PublishedModule(CellPLMModule):
         self.latent = network.latent
         self.decoder = network.decoder  # type: ignore[assignment]
         self.head = network.head
-        self.niche = None
+        self.niche = self.alignment = None
         self.niche_weight = 0.0
 
     def _get_generative_input(

@@ -1,5 +1,6 @@
 """The network in pure PyTorch: embedder, positions, encoders, latent spaces, decoder, likelihood."""
 
+from ._alignment import BatchAlignment
 from ._annotation import AnnotationHead
 from ._attention import Neighbourhood, Packing
 from ._decoder import BatchAwareDecoder
@@ -16,6 +17,7 @@ from ._sparse import SparseCounts
 __all__ = [
     "AddedCodes",
     "AnnotationHead",
+    "BatchAlignment",
     "BatchAwareDecoder",
     "Encoder",
     "GeneEmbedder",

@@ -1,0 +1,111 @@
+"""Fits the alignment of batches once a model is trained."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from sklearn.cluster import KMeans
+from torch import Tensor
+
+from cellplm_scvi import _constants as c
+from cellplm_scvi.data._table import CellTable
+
+if TYPE_CHECKING:
+    from cellplm_scvi.nn import BatchAlignment
+
+    from ._cellplm import CellPLM
+
+#: cells a cluster has at least, on average
+CELLS_A_CLUSTER = 30
+#: cells that clusters are found on, at most
+MAX_CELLS = 50_000
+#: cells at the centre of each cluster that a batch is taken to have beside its own: a displacement that few cells tell of is small
+PRIOR_CELLS = 5.0
+#: rounds of finding the centres of soft clusters
+N_ROUNDS = 10
+#: where the centres of clusters lie that are not used
+FAR = 1e6
+
+
+@torch.inference_mode()
+def fit_alignment(model: CellPLM, *, new_batches: bool = False) -> None:
+    """Fit the alignment of a trained model to the cells of its AnnData.
+
+    Parameters
+    ----------
+    model
+        A trained model with an AnnData.
+    new_batches
+        Align the batches that were added last, and leave the clusters and all other batches as they are.
+    """
+    alignment = model.module.alignment
+    if alignment is None or model.adata is None:
+        return
+    table = CellTable.from_manager(model.adata_manager)
+    batch = table.covariates[c.BATCH_KEY]
+    known = np.unique(batch[(batch >= 0) & (batch < alignment.n_batches)])
+    if new_batches:
+        n_added = model._extension.steps[-1].get(c.BATCH_KEY, 0) if model._extension.steps else 0
+        known = known[known >= alignment.n_batches - n_added]
+        rows = np.flatnonzero(np.isin(batch, known))
+        possible = alignment.fitted and rows.size > 0
+    else:
+        rows = np.flatnonzero(np.isin(batch, known))
+        possible = known.size > 1 and rows.size >= 2 * CELLS_A_CLUSTER
+        alignment.reset()
+    if not possible:
+        return
+    mean = model._moments(table, rows, None, mean_only=True)[0]
+    z = torch.from_numpy(mean[rows]).to(alignment.centre.device).double()
+    codes = torch.from_numpy(batch[rows]).to(z.device)
+    for step in range(alignment.n_steps):
+        if not new_batches:
+            place_clusters(alignment, z, step)
+        displace(alignment, z, codes, step)
+        z = alignment.move(z, codes, step)
+
+
+def place_clusters(alignment: BatchAlignment, z: Tensor, step: int) -> None:
+    """Find the clusters of a step: k-means, then rounds of soft ones, so that displacements cancel out over all cells.
+
+    Parameters
+    ----------
+    z
+        Embeddings after the steps before, (n_cells, n_latent), in double precision.
+    step
+        Number of the step.
+    """
+    if z.shape[0] > MAX_CELLS:
+        z = z[np.sort(np.random.default_rng(step).choice(z.shape[0], MAX_CELLS, replace=False))]
+    n_clusters = min(alignment.n_clusters, z.shape[0] // CELLS_A_CLUSTER)
+    clusters = KMeans(n_clusters, n_init=1, random_state=step).fit(z.cpu().numpy())
+    alignment.scale[step] = max(clusters.inertia_ / z.shape[0], 1e-12)
+    alignment.centre[step] = FAR
+    centre = alignment.centre[step, :n_clusters]
+    centre.copy_(torch.from_numpy(clusters.cluster_centers_))
+    for _ in range(N_ROUNDS):
+        member = alignment.memberships(z, step)[:, :n_clusters]
+        size = member.sum(0)[:, None]
+        centre.copy_(torch.where(size > 0, member.T @ z / size, centre))
+
+
+def displace(alignment: BatchAlignment, z: Tensor, batch: Tensor, step: int) -> None:
+    """Find how far the clusters of each batch that has cells here lie from the centres.
+
+    Parameters
+    ----------
+    z
+        Embeddings after the steps before, (n_cells, n_latent), in double precision.
+    batch
+        Code of the batch of each cell, (n_cells,).
+    step
+        Number of the step.
+    """
+    member, centre = alignment.memberships(z, step), alignment.centre[step].double()
+    for code in batch.unique().tolist():
+        of_batch = member[batch == code]
+        size = of_batch.sum(0)[:, None]
+        distance = of_batch.T @ z[batch == code] - size * centre
+        alignment.displacement[step, code] = distance / (size + PRIOR_CELLS)
