@@ -57,11 +57,12 @@ def test_probabilities(annotator, labelled):
     pd.testing.assert_frame_equal(annotator.predict(indices=rows, soft=True), soft.iloc[rows], rtol=1e-4)
 
 
-def test_labels_that_are_numbers(labelled):
+@pytest.mark.parametrize("dtype", ["int64", "float64"])
+def test_labels_that_are_numbers(labelled, dtype):
     adata = labelled.adata.copy()
     numbers = adata.obs["cell_type"].str[-1].astype(int)
     hidden = (adata.obs["sample"] == "sample1").to_numpy()
-    adata.obs["number"] = numbers.where(~hidden, -1)
+    adata.obs["number"] = numbers.where(~hidden, -1).astype(dtype)
     annotator = CellPLMAnnotator.from_cellplm(labelled, "number", unlabeled_category=-1, adata=adata)
     annotator.train()
     assert annotator.classes.tolist() == ["0", "1", "2"]

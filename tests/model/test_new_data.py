@@ -252,3 +252,17 @@ def test_a_covariate_of_one_category_is_not_missed(tissues, build, train):
         warnings.simplefilter("error", UserWarning)
         expression = model.get_normalized_expression(other)
     np.testing.assert_array_equal(expression, model.get_normalized_expression())
+
+
+@pytest.mark.parametrize("new", [int, float, str])
+@pytest.mark.parametrize("old", [int, float, str])
+def test_batches_that_are_whole_numbers_are_known_in_any_type(tissues, build, train, old, new):
+    codes = tissues.obs["batch"].cat.codes.astype(int)
+    tissues.obs["batch"] = codes.astype(old)
+    model = train(build(tissues))
+    other = model.adata.copy()
+    other.obs["batch"] = codes.astype(new)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        expression = model.get_normalized_expression(other)
+    np.testing.assert_array_equal(expression, model.get_normalized_expression())

@@ -18,20 +18,29 @@ from ._vocabulary import UNNAMED_KEY
 ABSENT = "(absent)"
 
 
+def as_text(name: Any) -> str:
+    """The name of a category as text. Whole numbers are alike in all types: missing values make those of a column floats."""
+    if isinstance(name, str):
+        return str(name)
+    if isinstance(name, float | np.floating) and name.is_integer():
+        name = int(name)
+    return str(name).removesuffix(" 00:00:00")
+
+
 def as_categories(column: pd.Series) -> pd.Series:
     """A column as categories that are text, numbers or truth values; others, such as dates, become text."""
     column = column.astype("category")
     names = list(column.cat.categories)
     if all(isinstance(name, str | Number | np.bool_) for name in names):
         return column
-    return column.cat.rename_categories([str(name).removesuffix(" 00:00:00") for name in names])
+    return column.cat.rename_categories([as_text(name) for name in names])
 
 
 def named_as(known: np.ndarray, column: pd.Series) -> pd.Series:
-    """Categories under the names that the model knows, where only the type differs: 1 and "1" are the same."""
+    """Categories under the names that the model knows, where only the type differs: 1, 1.0 and "1" are the same."""
     names, there = column.cat.categories, set(known)
-    by_text = {str(name): name for name in known}
-    same = {name: by_text[str(name)] for name in names if name not in there and str(name) in by_text}
+    by_text = {as_text(name): name for name in known}
+    same = {name: by_text[as_text(name)] for name in names if name not in there and as_text(name) in by_text}
     return column.cat.rename_categories({name: new for name, new in same.items() if new not in names})
 
 
@@ -119,13 +128,13 @@ class AnnotationField(CovariateField):
 
     def __init__(self, registry_key: str, attr_key: str, default: str) -> None:
         super().__init__(registry_key, attr_key)
-        self.default = str(default)
+        self.default = as_text(default)
 
     def _codes(self, adata: AnnData, known: np.ndarray | None) -> np.ndarray:
         key = self._original_attr_key
         given = adata.obs[key] if key in adata.obs else [self.default] * adata.n_obs
         column = pd.Series(given, dtype=object)
-        column = column.map(str).where(column.notna().to_numpy(), self.default)
+        column = column.map(as_text).where(column.notna().to_numpy(), self.default)
         mapping = list(known) if known is not None else []
         mapping += sorted(set(column) - set(mapping))
         if self.default not in mapping:

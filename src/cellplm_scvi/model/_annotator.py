@@ -15,7 +15,7 @@ from sklearn.decomposition import PCA
 
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import AnnOrMuData
-from cellplm_scvi.data._categories import AnnotationField
+from cellplm_scvi.data._categories import AnnotationField, as_text
 from cellplm_scvi.data._checks import CHUNK_ROWS, check_column, some, warn
 from cellplm_scvi.data._table import CellTable
 from cellplm_scvi.module import AnnotatorModule
@@ -84,7 +84,7 @@ class CellPLMAnnotator(CellPLM):
     @property
     def unlabeled_category(self) -> str:
         """The word for cells without a label."""
-        return str(self.registry_["setup_args"]["unlabeled_category"])
+        return as_text(self.registry_["setup_args"]["unlabeled_category"])
 
     @classmethod
     def from_cellplm(
@@ -120,9 +120,9 @@ class CellPLMAnnotator(CellPLM):
         adata = model.adata if adata is None else adata
         if adata is None:
             raise ValueError("The model has no AnnData: pass the one with the labels as adata.")
-        unlabeled_category = str(unlabeled_category)
+        unlabeled_category = as_text(unlabeled_category)
         labels = check_column(adata, labels_key, "labels_key").astype(object)
-        names = sorted({str(name) for name in labels[labels.notna()].unique()} - {unlabeled_category})
+        names = sorted({as_text(name) for name in labels[labels.notna()].unique()} - {unlabeled_category})
         if len(names) < 2:
             raise ValueError(
                 f'obs["{labels_key}"] has {len(names)} class{"es" * (len(names) != 1)} beside "{unlabeled_category}" '

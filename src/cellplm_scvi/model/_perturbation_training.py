@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import move_to_device
-from cellplm_scvi.data._categories import AnnotationField
+from cellplm_scvi.data._categories import AnnotationField, as_text
 from cellplm_scvi.data._checks import check_sizes, some
 from cellplm_scvi.data._loader import CellDataset, find_nearest, whole_sample_loader
 from cellplm_scvi.data._perturbation import Changes, ControlPairs, are_controls, observed_changes, pair_with_controls
@@ -104,7 +104,7 @@ class PerturbationTrainingMixin:
 
     @property
     def _control(self) -> str:
-        return str(self.registry_["setup_args"].get("control_category", "control"))  # type: ignore[attr-defined]
+        return as_text(self.registry_["setup_args"].get("control_category", "control"))  # type: ignore[attr-defined]
 
     def _perturbation_of_cells(self, table: CellTable) -> np.ndarray:
         """Perturbation of each cell, (n_cells,); raise if there is nothing to learn from."""

@@ -15,7 +15,7 @@ from scvi.data import AnnDataManager
 
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import SCVI_UUID_KEY, AnnOrMuData, copy_if_view
-from cellplm_scvi.data._categories import ABSENT, CovariateField
+from cellplm_scvi.data._categories import ABSENT, CovariateField, as_text
 from cellplm_scvi.data._checks import check_column, some
 from cellplm_scvi.data._vocabulary import EARLIER_KEY, OF_DATA, UNNAMED_KEY
 from cellplm_scvi.pretrained import PretrainedFileError, PublishedCheckpoint
@@ -247,7 +247,7 @@ def portable(registry: Mapping[str, Any]) -> dict[str, Any]:
             state |= {CovariateField.N_KNOWN_KEY: n_known, CovariateField.CATEGORICAL_MAPPING_KEY: known}
         fields[name] = {**field, "data_registry": _plain_dict(field["data_registry"]), "state_registry": state}
     # words are compared as text
-    words = {name: str(registry["setup_args"][name]) for name in WORDS.values() if name in registry["setup_args"]}
+    words = {name: as_text(registry["setup_args"][name]) for name in WORDS.values() if name in registry["setup_args"]}
     return {**registry, "setup_args": registry["setup_args"] | words, "field_registries": fields}
 
 
