@@ -191,6 +191,35 @@ def test_coordinates_of_another_dimension(spatial_model, make_tissues):
         spatial_model.get_latent_representation(other)
 
 
+@pytest.mark.parametrize("own", [True, False], ids=["own", "new"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda xy: np.c_[xy, xy[:, :1]], r'obsm\["spatial"\] has 3 columns; the model was set up with 2'),
+        (lambda xy: np.where(np.arange(xy.size).reshape(xy.shape) == 6, np.nan, xy), "1 cells have .* some are NaN.*cell3"),
+        (lambda xy: np.where(np.arange(xy.size).reshape(xy.shape) == 6, np.inf, xy), "1 cells have infinite coordinates"),
+    ],
+    ids=["columns", "part", "infinite"],
+)
+def test_coordinates_are_checked_whenever_they_are_read(spatial_model, clone, own, change, message):
+    model = clone(spatial_model)
+    adata = model.adata if own else model.adata.copy()
+    model.get_latent_representation(adata)
+    adata.obsm["spatial"] = change(adata.obsm["spatial"])
+    with pytest.raises(ValueError, match=message):
+        model.get_latent_representation(adata)
+
+
+def test_library_sizes_are_checked_whenever_they_are_read(tissues, build, train):
+    tissues.obs["total"] = np.asarray(tissues.X.sum(1)).ravel() * 2
+    model = train(build(tissues, {"size_factor_key": "total"}))
+    new = model.adata.copy()
+    model.get_latent_representation(new)
+    new.obs.loc["cell3", "total"] = np.nan
+    with pytest.raises(ValueError, match=r'obs\["total"\] is the library size.*1 values are missing.*"cell3"'):
+        model.get_latent_representation(new)
+
+
 def test_one_new_cell(model):
     one = model.adata[:1].copy()
     assert np.isfinite(model.get_latent_representation(one)).all()

@@ -170,13 +170,15 @@ def check_no_missing(column: pd.Series, key: str, before: str = "setup_anndata")
         )
 
 
-def check_coordinates(coordinates: np.ndarray, key: str, obs_names: pd.Index) -> None:
-    """Raise unless coordinates are (n_cells, 2 or 3), each row finite or all NaN."""
+def check_coordinates(coordinates: np.ndarray, key: str, obs_names: pd.Index, n_dims: int | None = None) -> None:
+    """Raise unless coordinates are (n_cells, 2 or 3), or of the number that is asked for, each row finite or all NaN."""
     if coordinates.ndim != 2 or coordinates.shape[1] not in (2, 3):
         raise ValueError(
             f'obsm["{key}"] has shape {coordinates.shape}; coordinates are (n_cells, 2) or (n_cells, 3), such as '
             f'`adata.obsm["{key}"][:, :2]`.'
         )
+    if n_dims is not None and coordinates.shape[1] != n_dims:
+        raise ValueError(f'obsm["{key}"] has {coordinates.shape[1]} columns; the model was set up with {n_dims}.')
     if coordinates.dtype.kind not in "iuf":
         raise TypeError(f'obsm["{key}"] has dtype {coordinates.dtype}; coordinates are numbers.')
     if coordinates.dtype.kind != "f":
@@ -190,6 +192,17 @@ def check_coordinates(coordinates: np.ndarray, key: str, obs_names: pd.Index) ->
                 f'obsm["{key}"]: {int(bad.sum()):,} cells have {what} (cells {some(obs_names[bad])}). A cell '
                 "without a position has NaN in its whole row."
             )
+
+
+def check_library_sizes(column: pd.Series, key: str) -> None:
+    """Raise unless all library sizes, by cell, are numbers of counts."""
+    values = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    bad = ~(np.isfinite(values) & (values >= 0))  # that of a cell without any count may be zero
+    if bad.any():
+        raise ValueError(
+            f'obs["{key}"] is the library size of each cell, in counts: {int(bad.sum()):,} values are missing, negative or '
+            f"not numbers (cells {some(column.index[bad])})."
+        )
 
 
 def check_library(totals: np.ndarray, library: np.ndarray, names: np.ndarray) -> None:

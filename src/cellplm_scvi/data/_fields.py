@@ -21,7 +21,7 @@ from scvi.data.fields import (
 from cellplm_scvi import _constants as c
 
 from ._categories import AnnotationField, CovariateField, PerturbationField, SampleField
-from ._checks import check_column, check_coordinates, check_counts, check_names, dense, some, warn
+from ._checks import check_column, check_coordinates, check_counts, check_library_sizes, check_names, dense, some, warn
 from ._vocabulary import MATCH_KEY, N_GIVEN_KEY, ORGANISM_KEY, report_match
 
 #: below this share of the model's genes, new data get a warning that says so
@@ -106,9 +106,8 @@ class CoordinatesField(ObsmField):
     def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict:
         self.validate_field(adata_target)
         if self.attr_key in adata_target.obsm:
-            n_dims, expected = adata_target.obsm[self.attr_key].shape[1], state_registry[self.N_DIMS_KEY]
-            if n_dims != expected:
-                raise ValueError(f'obsm["{self.attr_key}"] has {n_dims} columns; the model was set up with {expected}.')
+            coordinates, n_dims = dense(adata_target.obsm[self.attr_key]), state_registry[self.N_DIMS_KEY]
+            check_coordinates(coordinates, self.attr_key, adata_target.obs_names, n_dims)
         return state_registry
 
     def get_summary_stats(self, state_registry: dict) -> dict:
@@ -119,16 +118,7 @@ class SizeFactorField(NumericalObsField):
     """True library size of each cell."""
 
     def validate_field(self, adata: AnnData) -> None:
-        column = check_column(adata, self.attr_key, "size_factor_key")
-        values = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
-        bad = ~(np.isfinite(values) & (values > 0))
-        # A cell without any count may have a library of zero.
-        bad &= ~(values == 0)
-        if bad.any():
-            raise ValueError(
-                f'obs["{self.attr_key}"] is the library size of each cell, in counts: {int(bad.sum()):,} values are '
-                f"missing, negative or not numbers (cells {some(adata.obs_names[bad])})."
-            )
+        check_library_sizes(check_column(adata, self.attr_key, "size_factor_key"), self.attr_key)
 
 
 class MeasuredGenesField(BaseAnnDataField):

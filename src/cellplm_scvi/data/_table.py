@@ -17,7 +17,17 @@ from anndata import AnnData
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import CSCDataset, CSRDataset
 
-from ._checks import CHUNK_ROWS, as_csr, check_counts, dense, some, warn
+from ._checks import (
+    CHUNK_ROWS,
+    as_csr,
+    check_column,
+    check_coordinates,
+    check_counts,
+    check_library_sizes,
+    dense,
+    some,
+    warn,
+)
 from ._vocabulary import N_GIVEN_KEY, gene_columns
 
 if TYPE_CHECKING:
@@ -148,12 +158,17 @@ class CellTable:
         coordinates = None
         if c.COORDINATES_KEY in registry:
             holder, key = _holder(manager, c.COORDINATES_KEY), registry[c.COORDINATES_KEY].attr_key
+            n_dims = manager.get_state_registry(c.COORDINATES_KEY)["n_dims"]
             if key in holder.obsm:
+                # they may have been changed since the set-up
+                check_coordinates(dense(holder.obsm[key]), key, holder.obs_names, n_dims)
                 coordinates = _in_order(manager, c.COORDINATES_KEY, dense(holder.obsm[key]).astype(np.float64))
             else:
-                coordinates = np.full((adata.n_obs, manager.get_state_registry(c.COORDINATES_KEY)["n_dims"]), np.nan)
+                coordinates = np.full((adata.n_obs, n_dims), np.nan)
         size_factor = None
         if c.SIZE_FACTOR_KEY in registry:
+            key = registry[c.SIZE_FACTOR_KEY].attr_key
+            check_library_sizes(check_column(_holder(manager, c.SIZE_FACTOR_KEY), key, "size_factor_key"), key)
             size_factor = np.asarray(manager.get_from_registry(c.SIZE_FACTOR_KEY), dtype=np.float32).ravel()
             size_factor = _in_order(manager, c.SIZE_FACTOR_KEY, size_factor)
         if columns.size and columns.max() < 0:
