@@ -45,6 +45,18 @@ def test_rows_of_counts_are_those_of_the_dense_matrix(form, seed, n_cells, n_giv
     np.testing.assert_array_equal(found.toarray(), expected[rows])
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
+@pytest.mark.parametrize("form", [sp.csr_matrix, sp.csr_array])
+def test_entries_that_are_stored_twice_are_summed(form, dtype):
+    highest = 250 if dtype == np.uint8 else 32_000
+    x = form((np.full(3, highest, dtype), np.array([0, 1, 1]), np.array([0, 1, 3])), shape=(2, 2))
+    np.testing.assert_array_equal(
+        CountRows(x, np.arange(2), 2)[np.arange(2)].toarray(), [[highest, 0], [0, 2 * highest]]
+    )
+    assert x.nnz == 3  # the user's matrix stays as it is
+    assert x.dtype == dtype
+
+
 @pytest.mark.parametrize("dense", [False, True])
 def test_rows_of_backed_counts_come_in_the_order_asked_for(tmp_path, dense):
     rng = np.random.default_rng(0)

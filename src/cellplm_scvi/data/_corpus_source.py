@@ -145,7 +145,9 @@ class Cells:
                 near = run[start : start + CHUNK_ROWS]
                 # rows on disk that lie close together are read at once: one by one, it takes a thousand times as long
                 part = as_csr(self.counts[near[0] : near[-1] + 1])[near - near[0]]
-                part.sum_duplicates()
+                if not part.has_canonical_format:
+                    part = part.astype(np.float32)  # in which sums cannot overflow
+                    part.sum_duplicates()
                 yield near, part
 
 

@@ -71,7 +71,7 @@ class CountRows:
         if sp.issparse(x):
             x = as_csr(x)
             if not x.has_canonical_format:
-                x = x.copy()
+                x = x.astype(np.float32)  # a copy, in which sums cannot overflow
                 x.sum_duplicates()
         self._x = x
         self._backed = isinstance(x, CSRDataset | h5py.Dataset)
