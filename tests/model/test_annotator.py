@@ -226,6 +226,13 @@ def test_fine_tuning(labelled):
     assert right.mean() > 0.9
 
 
+def test_fine_tuning_without_the_usual_logger(labelled, train):
+    annotator = CellPLMAnnotator.from_cellplm(labelled, "label")
+    train(annotator, fine_tune=True, logger=False)
+    assert annotator.history == {}
+    assert annotator.predict().shape == (240,)
+
+
 def test_fine_tuning_of_a_mapped_query(labelled, train):
     """The whole network learns the labels, though the query it comes from trains its codes alone."""
     new = labelled.adata.copy()

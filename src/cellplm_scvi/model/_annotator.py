@@ -271,7 +271,8 @@ class CellPLMAnnotator(CellPLM):
             super().train(max_epochs, **options)
         finally:
             module.class_of_code = module.class_weight = None
-        self.history_ = dict(self.trainer.logger.history)
+        # other loggers, and none, have no history
+        self.history_ = dict(getattr(self.trainer.logger, "history", None) or {})
 
     def _fit_head(self, table: CellTable, classes: np.ndarray, labelled: np.ndarray, folds: list, seed: int) -> None:
         head = self.module.annotation
