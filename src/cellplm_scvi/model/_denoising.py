@@ -77,7 +77,7 @@ class DenoisingMixin:
         ValueError
             If ``gene_list`` names something unknown, or ``depth`` is given without ``log1p`` or is not positive.
         """
-        if depth is not None and not (log1p and depth > 0):
+        if depth is not None and not (log1p and 0 < depth < np.inf):
             raise ValueError(f"depth={depth}: it is a positive number of molecules, and only `log1p=True` asks for it.")
         check_library_size(library_size)
         self._check_if_trained(warn=False)  # type: ignore[attr-defined]
