@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -343,6 +345,16 @@ def test_a_missing_perturbation_is_no_control(adata, model):
     copy.uns.clear()
     with pytest.raises(ValueError, match="2 missing values"):
         model.predict_perturbation("gene1", copy)
+
+
+def test_names_of_drugs_are_not_taken_for_genes_of_mice(adata):
+    drugs = {name: f"Drug{'abcdefghi'[n]}" for n, name in enumerate(adata.obs["perturbation"].unique()) if name != "control"}
+    adata = adata.copy()
+    adata.obs["perturbation"] = [drugs.get(name, name) for name in adata.obs["perturbation"]]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*mouse")
+        model = fit(adata, n_steps=1)
+        model.predict_perturbation(next(iter(drugs.values())))
 
 
 def test_another_name_of_a_perturbed_gene_is_that_gene(adata):

@@ -16,11 +16,10 @@ from cellplm_scvi.data._categories import AnnotationField
 from cellplm_scvi.data._checks import some, warn
 from cellplm_scvi.data._perturbation import are_controls, elements_of
 from cellplm_scvi.data._table import registered_codes
-from cellplm_scvi.genes import map_genes
 from cellplm_scvi.nn._perturbation import UNKNOWN, perturbed_shares
 
 from ._embedding import fixed_draws
-from ._perturbation_training import PerturbationTrainingMixin
+from ._perturbation_training import PerturbationTrainingMixin, genes_meant
 
 
 class PerturbationMixin(PerturbationTrainingMixin):
@@ -157,7 +156,7 @@ class PerturbationMixin(PerturbationTrainingMixin):
         codes = [int(code) for code in self._element_genes(new)]
         absent = [name for name, code in zip(new, codes, strict=True) if code < 0]
         if absent:
-            unknown = [name for name, found in zip(absent, map_genes(absent).mapped.notna(), strict=True) if not found]
+            unknown = [name for name, found in zip(absent, genes_meant(absent).notna(), strict=True) if not found]
             if unknown:
                 raise ValueError(
                     f'"{perturbation}": {some(unknown)} is neither a perturbation of the training data ({some(seen)}) nor a gene.'
@@ -174,8 +173,8 @@ class PerturbationMixin(PerturbationTrainingMixin):
         known = {name: seen.index(name) for name in names if name in seen}
         others = [name for name in names if name not in seen]
         if others:
-            genes = map_genes(seen).mapped.tolist()
-            for name, gene in zip(others, map_genes(others).mapped, strict=True):
+            genes = genes_meant(seen).tolist()
+            for name, gene in zip(others, genes_meant(others), strict=True):
                 if isinstance(gene, str) and genes.count(gene) == 1:
                     known[name] = genes.index(gene)
         return sorted(set(known.values())), [name for name in names if name not in known]

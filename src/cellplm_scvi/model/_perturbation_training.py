@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 import numpy as np
@@ -35,6 +36,14 @@ if TYPE_CHECKING:
 MAX_LEFT_OUT = 20
 #: range of what marks, the perturbed gene itself, and slopes on it count for
 TRUST_BOUNDS = [(0.0, 1.0), (-5.0, 5.0), (-5.0, 5.0)]
+
+
+def genes_meant(names: Sequence[str], target: Target = "ensembl") -> pd.Series:
+    """Genes that names of perturbations mean, missing where they mean none; as :func:`~cellplm_scvi.genes.map_genes`."""
+    with warnings.catch_warnings():
+        # so do names of drugs
+        warnings.filterwarnings("ignore", message=".*look like those of mouse genes", category=UserWarning)
+        return map_genes(names, target).mapped
 
 
 class PerturbationTrainingMixin:
@@ -156,7 +165,7 @@ class PerturbationTrainingMixin:
         columns = genes.get_indexer(pd.Index(names))
         for target in get_args(Target):  # perturbations may be named in another way than genes
             if (columns < 0).any():
-                translated = pd.Index(map_genes(names, target).mapped)
+                translated = pd.Index(genes_meant(names, target))
                 columns = np.where(columns < 0, genes.get_indexer(translated), columns)
         return columns
 
