@@ -126,6 +126,14 @@ def test_early_stopping_needs_validation_cells(tissues, build, train):
         train(build(tissues), early_stopping=True, train_size=1.0)
 
 
+@pytest.mark.parametrize("latent", ["mixture", "gaussian"])
+def test_training_that_diverges_is_an_error(tissues, build, train, latent):
+    model = build(tissues, latent=latent)
+    with pytest.raises(RuntimeError, match=r"Training has diverged.*smaller learning rate.* 1e\+30"):
+        train(model, max_epochs=6, plan_kwargs={"lr": 1e30})
+    assert not model.is_trained_
+
+
 def test_splitting_by_samples(make_tissues, build, train):
     model = train(
         build(make_tissues(120, 20, 6)),

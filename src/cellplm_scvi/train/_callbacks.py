@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from cellplm_scvi.module import CellPLMModule
 
 
+def diverged(lr: float) -> RuntimeError:
+    """What to raise where losses or embeddings are no longer finite."""
+    return RuntimeError(
+        f"Training has diverged: the loss is no longer finite. Build the model anew and train it with a smaller learning rate, "
+        f'plan_kwargs={{"lr": ...}}; here it was {lr:g}.'
+    )
+
+
 class PlaceMixtureComponents(Callback):
     """Places the components of the mixture prior on the data once the embedding has taken shape.
 
@@ -67,6 +75,8 @@ class PlaceMixtureComponents(Callback):
         if not isinstance(latent, MixtureLatent):
             return
         mean, variance = self._embed(trainer, module)
+        if not mean.isfinite().all():
+            raise diverged(pl_module.lr)  # type: ignore[arg-type]
         if isinstance(module, FSDPModule):
             module.reshard()
         # every rank sees its own share of the cells; the first one decides

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from cellplm_scvi.data._checks import some
 
+from ._callbacks import diverged
 from ._sharding import shard
 
 if TYPE_CHECKING:
@@ -118,7 +119,15 @@ class CellPLMTrainingPlan(TrainingPlan):
     def training_step(self, batch: Minibatch, batch_idx: int) -> torch.Tensor:
         """One step on a minibatch."""
         self._n_cells = batch["library"].shape[0]
-        return super().training_step(batch, batch_idx)
+        loss = super().training_step(batch, batch_idx)
+        self._loss = loss.detach()
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        """Stop where nothing is left to learn with."""
+        super().on_train_epoch_end()
+        if not torch.isfinite(self._loss):
+            raise diverged(self.lr)
 
     def validation_step(self, batch: Minibatch, batch_idx: int) -> None:
         """Losses of one minibatch of validation cells."""
