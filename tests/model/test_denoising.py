@@ -74,7 +74,9 @@ def test_expected_logarithm_is_that_of_draws(model):
     assert np.abs(found - draws).mean() < 0.01
 
 
-@pytest.mark.parametrize("arguments", [{"depth": 10}, *({"depth": depth, "log1p": True} for depth in (0, -1.0, np.inf))])
+@pytest.mark.parametrize(
+    "arguments", [{"depth": 10}, *({"depth": depth, "log1p": True} for depth in (0, -1.0, np.inf))]
+)
 def test_depth_that_means_nothing(model, arguments):
     with pytest.raises(ValueError, match="depth"):
         model.get_denoised_expression(**arguments)

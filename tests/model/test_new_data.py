@@ -196,8 +196,14 @@ def test_coordinates_of_another_dimension(spatial_model, make_tissues):
     ("change", "message"),
     [
         (lambda xy: np.c_[xy, xy[:, :1]], r'obsm\["spatial"\] has 3 columns; the model was set up with 2'),
-        (lambda xy: np.where(np.arange(xy.size).reshape(xy.shape) == 6, np.nan, xy), "1 cells have .* some are NaN.*cell3"),
-        (lambda xy: np.where(np.arange(xy.size).reshape(xy.shape) == 6, np.inf, xy), "1 cells have infinite coordinates"),
+        (
+            lambda xy: np.where(np.arange(xy.size).reshape(xy.shape) == 6, np.nan, xy),
+            "1 cells have .* some are NaN.*cell3",
+        ),
+        (
+            lambda xy: np.where(np.arange(xy.size).reshape(xy.shape) == 6, np.inf, xy),
+            "1 cells have infinite coordinates",
+        ),
     ],
     ids=["columns", "part", "infinite"],
 )

@@ -348,7 +348,9 @@ def test_a_missing_perturbation_is_no_control(adata, model):
 
 
 def test_names_of_drugs_are_not_taken_for_genes_of_mice(adata):
-    drugs = {name: f"Drug{'abcdefghi'[n]}" for n, name in enumerate(adata.obs["perturbation"].unique()) if name != "control"}
+    drugs = {
+        name: f"Drug{'abcdefghi'[n]}" for n, name in enumerate(adata.obs["perturbation"].unique()) if name != "control"
+    }
     adata = adata.copy()
     adata.obs["perturbation"] = [drugs.get(name, name) for name in adata.obs["perturbation"]]
     with warnings.catch_warnings():

@@ -121,9 +121,12 @@ def test_early_stopping(tissues, build, train):
     assert len(model.history["elbo_validation"]) < 30
 
 
-def test_early_stopping_needs_validation_cells(tissues, build, train):
-    with pytest.raises(ValueError, match="early_stopping watches validation cells; there are none"):
-        train(build(tissues), early_stopping=True, train_size=1.0)
+@pytest.mark.parametrize(
+    "asked", [{"early_stopping": True}, {"check_val_every_n_epoch": 1}], ids=lambda asked: next(iter(asked))
+)
+def test_what_watches_validation_cells_needs_some(tissues, build, train, asked):
+    with pytest.raises(ValueError, match=f"{next(iter(asked))} asked for validation cells; there are none"):
+        train(build(tissues), train_size=1.0, **asked)
 
 
 @pytest.mark.parametrize("latent", ["mixture", "gaussian"])
@@ -132,6 +135,12 @@ def test_training_that_diverges_is_an_error(tissues, build, train, latent):
     with pytest.raises(RuntimeError, match=r"Training has diverged.*smaller learning rate.* 1e\+30"):
         train(model, max_epochs=6, plan_kwargs={"lr": 1e30})
     assert not model.is_trained_
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", 64])
+def test_weights_are_in_single_precision(tissues, build, train, precision):
+    with pytest.raises(ValueError, match=f'precision="{precision}" is not available.*"bf16-mixed"'):
+        train(build(tissues), precision=precision)
 
 
 def test_splitting_by_samples(make_tissues, build, train):
@@ -169,11 +178,26 @@ def test_a_split_of_ones_own(tissues, build, train, masks):
         ({"datasplitter_kwargs": {"external_indexing": [[0, 900]]}}, "names rows outside of 0 to 89"),
         ({"datasplitter_kwargs": {"external_indexing": [[], [1]]}}, "has no cells for training"),
         ({"datasplitter_kwargs": {"external_indexing": [[True, False]]}}, r"a mask of shape \(2,\); .* has 90 cells"),
+        (
+            {"datasplitter_kwargs": {"external_indexing": [["cell1"], ["cell2"]]}},
+            "row numbers, one a cell, or a boolean mask",
+        ),
+        ({"datasplitter_kwargs": {"external_indexing": [[0.5], [1.5]]}}, "dtype float64 .*row numbers, one a cell"),
+        ({"datasplitter_kwargs": {"external_indexing": np.arange(90)}}, "is a list of rows, or of boolean masks, for"),
+        (
+            {"datasplitter_kwargs": {"external_indexing": [[0], [1], [2], [3]]}},
+            "is a list of rows, or of boolean masks",
+        ),
+        ({"datasplitter_kwargs": {"context_size": 0}}, "context_size=0 must be a positive whole number"),
+        ({"datasplitter_kwargs": {"context_size": 2.5}}, "context_size=2.5 must be a positive whole number"),
+        ({"datasplitter_kwargs": {"nonsense": 1}}, 'datasplitter_kwargs has "nonsense"'),
+        ({"max_epochs": 0}, "max_epochs=0 must be a positive whole number"),
+        ({"max_epochs": -1}, "max_epochs=-1 must be a positive whole number"),
+        ({"max_epochs": "2"}, "max_epochs='2' must be a positive whole number"),
     ],
-    ids=["size", "sum", "word", "twice", "range", "none", "mask"],
 )
-def test_splits_that_do_not_work(tissues, build, train, kwargs, message):
-    with pytest.raises(ValueError, match=message):
+def test_arguments_of_training_that_do_not_work(tissues, build, train, kwargs, message):
+    with pytest.raises((ValueError, TypeError), match=message):
         train(build(tissues), **kwargs)
 
 
@@ -253,8 +277,10 @@ def test_plan_arguments_reach_the_plan(tissues, build, train):
     groups = model.trainer.optimizers[0].param_groups
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
     assert {group["initial_lr"] for group in groups} == {3e-3}
-    with pytest.raises(TypeError, match="nonsense"):
+    with pytest.raises(TypeError, match='plan_kwargs has "nonsense", which the training plan does not take'):
         train(build(tissues), plan_kwargs={"nonsense": 1})
+    with pytest.raises(ValueError, match="warmup=5 is not a share"):
+        train(build(tissues), plan_kwargs={"warmup": 5})
 
 
 def test_every_parameter_is_in_one_group(sections, build, train):

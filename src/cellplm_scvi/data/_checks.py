@@ -135,8 +135,8 @@ def check_names(adata: AnnData) -> None:
 def check_sizes(**sizes: int) -> None:
     """Raise if a size is not a positive whole number."""
     for name, size in sizes.items():
-        if int(size) != size or size < 1:
-            raise ValueError(f"{name}={size} must be a positive whole number.")
+        if not isinstance(size, Real) or not 1 <= size < np.inf or int(size) != size:
+            raise ValueError(f"{name}={size!r} must be a positive whole number.")
 
 
 def check_library_size(library_size: float | str) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
 from scvi import settings
+from torch.utils.data import DataLoader
 
-from ._checks import check_sizes, warn
+from ._checks import check_sizes, some, warn
 from ._loader import CellLoader, RandomSliceSampler, SpatialInputs, training_loader, whole_sample_loader
 from ._table import CellTable
 
 if TYPE_CHECKING:
     from scvi.data import AnnDataManager
 
+#: what a loader of minibatches can be told
+LOADER_ARGUMENTS = set(inspect.signature(DataLoader).parameters) - {"dataset", "sampler", "batch_sampler", "drop_last"}
 #: smallest random slice of a dissociated sample in training
 MIN_CONTEXT = 32
 
@@ -61,7 +65,11 @@ class SampleSplitter(pl.LightningDataModule):
         **loader_kwargs: Any,
     ):
         super().__init__()
-        check_sizes(batch_size=batch_size)
+        check_sizes(batch_size=batch_size, **({} if context_size is None else {"context_size": context_size}))
+        if unknown := [name for name in loader_kwargs if name not in LOADER_ARGUMENTS]:
+            raise TypeError(
+                f"datasplitter_kwargs has {some(unknown)}, which neither SampleSplitter nor DataLoader takes."
+            )
         self.table = CellTable.from_manager(adata_manager)
         self.spatial = spatial or SpatialInputs()
         self.batch_size = batch_size
@@ -87,7 +95,17 @@ class SampleSplitter(pl.LightningDataModule):
         return self.batch_size if self.table.coordinates is not None else max(MIN_CONTEXT, self.batch_size // 4)
 
     def _external(self, indexing: list[np.ndarray]) -> list[np.ndarray]:
+        if isinstance(indexing, np.ndarray) or not 1 <= len(indexing) <= 3:
+            raise ValueError(
+                "external_indexing is a list of rows, or of boolean masks, for training, validation and test, such as "
+                "[training, validation]."
+            )
         parts = [np.asarray(part if part is not None else []) for part in indexing]
+        if other := [part for part in parts if part.size and (part.ndim != 1 or part.dtype.kind not in "iub")]:
+            raise TypeError(
+                f"external_indexing has an array of dtype {other[0].dtype} and shape {other[0].shape}; row numbers, one a cell, "
+                "or a boolean mask are needed (for names, `adata.obs_names.get_indexer(names)`)."
+            )
         masks = [part.shape for part in parts if part.dtype == bool and part.shape != (self.table.n_cells,)]
         if masks:
             raise ValueError(

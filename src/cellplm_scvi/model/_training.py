@@ -10,7 +10,7 @@ import torch
 from scvi.train import TrainRunner
 
 from cellplm_scvi._compat import devices_dsp
-from cellplm_scvi.data._checks import some, warn
+from cellplm_scvi.data._checks import check_sizes, some, warn
 from cellplm_scvi.data._splitter import SampleSplitter
 from cellplm_scvi.data._streaming import CorpusDataModule
 from cellplm_scvi.module import PublishedModule
@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 
 #: peak learning rates: of the contributions of new categories alone, and of published weights (as published)
 CODES_LR, PUBLISHED_LR = 1e-2, 2e-4
+#: precisions, in Lightning's words, that weights cannot have
+NOT_SINGLE = ("64", "64-true", "bf16-true", "16-true")
+#: arguments of the trainer that ask for losses of validation cells
+VALIDATING = ("check_val_every_n_epoch", "val_check_interval")
 
 
 class TrainingMixin:
@@ -123,10 +127,17 @@ class TrainingMixin:
             if not isinstance(data, SampleSplitter):
                 raise ValueError("Pass max_epochs together with datamodule.")
             max_epochs = default_max_epochs(data.n_train, data.n_batches)
-        if isinstance(data, SampleSplitter):
-            if early_stopping and data.n_val == 0:
+        check_sizes(max_epochs=max_epochs)
+        if (precision := str(trainer_kwargs.get("precision"))) in NOT_SINGLE:
+            raise ValueError(
+                f'precision="{precision}" is not available: weights and sums over counts are in single precision. Use '
+                '"32-true", "bf16-mixed" or "16-mixed".'
+            )
+        if isinstance(data, SampleSplitter) and data.n_val == 0:
+            asked = {"early_stopping": early_stopping, **{name: trainer_kwargs.get(name) for name in VALIDATING}}
+            if watching := [name for name, value in asked.items() if value]:
                 raise ValueError(
-                    "early_stopping watches validation cells; there are none. Use a train_size below 1, and with "
+                    f"{' and '.join(watching)} asked for validation cells; there are none. Use a train_size below 1, and with "
                     'split_by="samples" several samples.'
                 )
         if self.adata is not None and (new := unknown_categories(self)):  # type: ignore[attr-defined, arg-type]

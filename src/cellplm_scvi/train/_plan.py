@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -88,6 +89,9 @@ class CellPLMTrainingPlan(TrainingPlan):
                 f"plan_kwargs has {some(other)}: the optimiser is AdamW, with a rate that rises and falls by step (lr, warmup, "
                 "final_lr, weight_decay, eps). For another one, override configure_optimizers."
             )
+        known = (inspect.signature(of).parameters for of in (TrainingPlan.__init__, module.loss))
+        if unknown := sorted(kwargs.keys() - set().union(*known)):
+            raise TypeError(f"plan_kwargs has {some(unknown)}, which the training plan does not take.")
         super().__init__(
             module,
             optimizer="AdamW",
@@ -99,6 +103,9 @@ class CellPLMTrainingPlan(TrainingPlan):
         )
         self.warmup = warmup
         self.final_lr = final_lr
+        for name, share in (("warmup", warmup), ("final_lr", final_lr)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name}={share} is not a share, from 0 to 1.")
         if not 0 < layer_decay <= 1:
             raise ValueError(f"layer_decay={layer_decay} must be above 0 and at most 1.")
         self.layer_decay = layer_decay
