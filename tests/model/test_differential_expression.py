@@ -93,3 +93,20 @@ def test_groups_without_a_cell(cells, asked, message):
     cells.adata.obs["none"] = pd.array([None] * cells.adata.n_obs, dtype="string")
     with pytest.raises(ValueError, match=message):
         compare(cells, **asked)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({}, "Say which cells to compare"),
+        ({"idx2": [1, 2]}, "Say which cells to compare"),
+        ({"groupby": "cell_type", "idx2": [1, 2]}, "Say which cells to compare"),
+        ({"idx1": [900]}, "idx1: indices go from 900 to 900; the AnnData has 90 cells"),
+        ({"idx1": [True, False]}, r"idx1: indices is a mask of shape \(2,\)"),
+        ({"idx1": [1], "idx2": ["cell3"]}, "idx2: indices must be row numbers, one a cell, or a boolean mask"),
+        ({"groupby": "cell_type", "batchid1": ["batch0"]}, "which batch_correction=True does"),
+    ],
+)
+def test_cells_that_are_not_there(dissociated_model, asked, message):
+    with pytest.raises((IndexError, TypeError, ValueError), match=message):
+        compare(dissociated_model, **asked)

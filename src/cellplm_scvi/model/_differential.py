@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -74,6 +74,8 @@ class DifferentialMixin:
         ValueError
             If the data have genes that the model does not know, or two groups have no gene in common.
         """
+        if not batch_correction and (batchid1 is not None or batchid2 is not None):
+            raise ValueError("batchid1 and batchid2 are batches to decode in, which batch_correction=True does.")
         adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
         manager = self.get_anndata_manager(adata, required=True)  # type: ignore[attr-defined]
         genes, names = self._genes(manager, None)  # type: ignore[attr-defined]
@@ -83,7 +85,8 @@ class DifferentialMixin:
                 f"{len(unknown):,} genes of this AnnData are unknown to the model ({some(unknown)}). Leave them out: "
                 "`adata[:, adata.var_names.isin(model.adata.var_names)].copy()`."
             )
-        comparisons = list(_comparisons(pd.DataFrame(adata.obs), groupby, group1, group2, idx1, idx2))
+        rows_of = partial(self._rows, adata.n_obs)  # type: ignore[attr-defined]
+        comparisons = list(_comparisons(pd.DataFrame(adata.obs), rows_of, groupby, group1, group2, idx1, idx2))
 
         def representation(_: object, indices: np.ndarray) -> np.ndarray:
             return self.get_latent_representation(adata, indices=indices, align_batches=False)  # type: ignore[attr-defined]
@@ -144,23 +147,32 @@ class _Comparison:
 
 
 def _comparisons(
-    obs: pd.DataFrame, groupby: str | None, group1: Any, group2: Any, idx1: Any, idx2: Any
+    obs: pd.DataFrame,
+    rows_of: Callable[[np.ndarray], np.ndarray],
+    groupby: str | None,
+    group1: Any,
+    group2: Any,
+    idx1: Any,
+    idx2: Any,
 ) -> Iterator[_Comparison]:
     """The comparisons that are asked for, as scvi-tools understands the arguments."""
 
-    def members(cells: Any) -> np.ndarray:
+    def members(name: str, cells: Any) -> np.ndarray:
         if isinstance(cells, str):
             # by number: names may repeat
             cells = obs.assign(**{ROW: np.arange(len(obs))}).query(cells)[ROW]
-        rows = np.asarray(cells).ravel()
         mask = np.zeros(len(obs), dtype=bool)
-        if rows.size:
-            mask[rows] = True
+        try:
+            mask[rows_of(np.asarray(cells).ravel())] = True
+        except (IndexError, TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from None
         return mask
 
+    if idx1 is None and (groupby is None or idx2 is not None):
+        raise ValueError('Say which cells to compare: groupby="cell_type", or idx1, with idx2 or all other cells.')
     if idx1 is not None:
-        first = members(idx1)
-        second = ~first if idx2 is None else members(idx2)
+        first = members("idx1", idx1)
+        second = ~first if idx2 is None else members("idx2", idx2)
         for name, cells in (("idx1", first), ("idx2", second)):
             if not cells.any():
                 raise ValueError(f"{name} has no cell.")
