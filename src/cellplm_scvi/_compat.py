@@ -9,7 +9,6 @@ from lightning.pytorch.loggers.tensorboard import _TENSORBOARD_AVAILABLE as HAS_
 from scvi._types import AnnOrMuData
 from scvi.data._constants import _SCVI_UUID_KEY as SCVI_UUID_KEY
 from scvi.data._utils import _check_if_view
-from scvi.model._utils import _get_batch_code_from_category as batch_codes
 from scvi.model._utils import parse_device_args
 from scvi.model.base._de_core import _de_core as compare_groups
 from scvi.module.base._decorators import _move_data_to_device as move_to_device
@@ -43,7 +42,6 @@ __all__ = [
     "CSCDataset",
     "CSRDataset",
     "SimpleLogger",
-    "batch_codes",
     "compare_groups",
     "check_view",
     "copy_if_view",

@@ -77,8 +77,20 @@ def test_transform_batch(model):
     assert np.abs(per_batch[0] - per_batch[1]).to_numpy().max() > 1e-5
     both = model.get_normalized_expression(transform_batch=["batch0", "batch1"])
     np.testing.assert_allclose(both, (per_batch[0] + per_batch[1]) / 2, rtol=1e-5)
-    with pytest.raises(ValueError, match="batch9"):
+    with pytest.raises(ValueError, match='"batch9" is no batch of these data or the model .*"batch0", "batch1"'):
         model.get_normalized_expression(transform_batch="batch9")
+
+
+@pytest.mark.parametrize(
+    ("names", "asked"),
+    [([1, 2], "1"), ([1, 2], 1.0), (["1", "2"], 1), (pd.to_datetime(["2026-01-05", "2026-01-07"]), "2026-01-05")],
+    ids=["number by text", "number by float", "text by number", "date by text"],
+)
+def test_batches_are_asked_for_in_any_type(tissues, build, train, names, asked):
+    tissues.obs["batch"] = tissues.obs["batch"].map(dict(zip(["batch0", "batch1"], names, strict=True)))
+    model = train(build(tissues))
+    expected = model.get_normalized_expression(transform_batch=model.adata.obs["batch"].cat.categories[0])
+    pd.testing.assert_frame_equal(model.get_normalized_expression(transform_batch=asked), expected)
 
 
 def test_draws(model):

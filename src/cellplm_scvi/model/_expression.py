@@ -13,7 +13,8 @@ from scvi.utils import track
 from torch import Tensor
 
 from cellplm_scvi import _constants as c
-from cellplm_scvi._compat import AnnOrMuData, batch_codes
+from cellplm_scvi._compat import AnnOrMuData
+from cellplm_scvi.data._categories import CovariateField, as_text
 from cellplm_scvi.data._checks import check_library_size, check_sizes, some
 from cellplm_scvi.data._vocabulary import gene_columns
 from cellplm_scvi.model._embedding import fixed_draws
@@ -313,9 +314,18 @@ class ExpressionMixin(RNASeqMixin, VAEMixin):
 
 def _batch_codes(manager: Any, transform_batch: Sequence[str | float] | str | float | None) -> list[int | None]:
     """Codes of the batches to decode in; ``None`` stands for each cell's own."""
-    codes = batch_codes(manager, transform_batch)
-    if not codes:
+    known = manager.get_state_registry(c.BATCH_KEY)[CovariateField.CATEGORICAL_MAPPING_KEY]
+    code_of = {as_text(name): code for code, name in enumerate(known)} | {name: code for code, name in enumerate(known)}
+    many = np.iterable(transform_batch) and not isinstance(transform_batch, str)
+    asked: list[Any] = list(transform_batch) if many else [transform_batch]  # type: ignore[arg-type]
+    if not asked:
         raise ValueError("transform_batch is empty. Name a batch, or pass None to decode each cell in its own.")
+    codes = [None if name is None else code_of.get(name, code_of.get(as_text(name))) for name in asked]
+    unknown = [name for name, code in zip(asked, codes, strict=True) if name is not None and code is None]
+    if unknown:
+        raise ValueError(
+            f"transform_batch: {some(unknown)} is no batch of these data or the model ({some(known, 12)})."
+        )
     return codes
 
 
