@@ -401,6 +401,18 @@ def test_mudata_that_is_set_up_wrongly(tissues, arguments, error, message):
         CellPLM.setup_mudata(mudata.MuData({"rna": tissues, "adt": protein}), **arguments)
 
 
+def test_what_is_set_up_in_the_wrong_way_says_so(tissues):
+    multimodal = mudata.MuData({"rna": tissues.copy()})
+    with pytest.raises(TypeError, match="adata is of type MuData: call setup_mudata"):
+        SETUP(multimodal)
+    with pytest.raises(TypeError, match="mdata is of type AnnData: call setup_anndata"):
+        CellPLM.setup_mudata(tissues, modalities={"rna_layer": "rna"})
+    with pytest.raises(TypeError, match="adata is of type DataFrame: an AnnData of raw counts is needed"):
+        SETUP(tissues.to_df())
+    with pytest.raises(TypeError, match='setup_anndata takes no argument "batchkey"'):
+        SETUP(tissues, batchkey="batch")
+
+
 @pytest.mark.parametrize("unit", ["ns", "s", "period", "interval", "date"])
 @pytest.mark.parametrize("way", ["new", "save_pretrained"])
 def test_categories_that_are_dates(make_tissues, build, train, tmp_path, unit, way):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from anndata import AnnData
+from mudata import MuData
 from scvi.data import AnnDataManager
 from scvi.model.base import BaseModelClass
 
@@ -33,10 +35,6 @@ from ._perturbation import PerturbationMixin
 from ._pretrained import PretrainedMixin
 from ._query import QueryMixin
 from ._training import TrainingMixin
-
-if TYPE_CHECKING:
-    from anndata import AnnData
-    from mudata import MuData
 
 
 class CellPLM(
@@ -295,6 +293,9 @@ class CellPLM(
             If counts, categories, coordinates or names are not usable; the message says what was found where.
         """
         setup_method_args = cls._get_setup_method_args(**locals())
+        if not isinstance(adata, AnnData):
+            hint = "call setup_mudata" if isinstance(adata, MuData) else "an AnnData of raw counts is needed"
+            raise TypeError(f"adata is of type {type(adata).__name__}: {hint}.")
         copy_if_view(adata)
         fields = make_fields(
             layer=layer,
@@ -347,6 +348,9 @@ class CellPLM(
             MuData itself.
         """
         setup_method_args = cls._get_setup_method_args(**locals())
+        if not isinstance(mdata, MuData):
+            hint = "call setup_anndata" if isinstance(mdata, AnnData) else "a MuData with raw counts is needed"
+            raise TypeError(f"mdata is of type {type(mdata).__name__}: {hint}.")
         if not modalities or "rna_layer" not in modalities:
             raise ValueError(
                 'modalities must name the modality of the counts, such as modalities={"rna_layer": "rna"}.'
@@ -376,6 +380,8 @@ class CellPLM(
 
     @classmethod
     def _register(cls, adata: AnnOrMuData, fields: list, setup_method_args: dict, kwargs: dict) -> None:
+        if kwargs and "source_registry" not in kwargs:  # which comes from transfers alone
+            raise TypeError(f"{setup_method_args['setup_method_name']} takes no argument {some(list(kwargs))}.")
         known = cls._setup_adata_manager_store.get(adata.uns.get(SCVI_UUID_KEY))
         if known is not None and known.adata is not adata:
             del adata.uns[SCVI_UUID_KEY]  # a copy: it must not replace the set-up of what it was copied from
