@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from copy import deepcopy
 
 from anndata.abc import CSCDataset, CSRDataset
 from lightning.pytorch.loggers.tensorboard import _TENSORBOARD_AVAILABLE as HAS_TENSORBOARD
 from scvi._types import AnnOrMuData
+from scvi.data import AnnDataManager
 from scvi.data._constants import _SCVI_UUID_KEY as SCVI_UUID_KEY
 from scvi.data._utils import _check_if_view
 from scvi.model._utils import parse_device_args
@@ -35,6 +37,14 @@ def check_view(adata: AnnOrMuData) -> None:
         )
 
 
+def keep_registration(manager: AnnDataManager) -> None:
+    """Let a manager that registers its data again, after another one did, know what it found the first time.
+
+    By itself it makes the codes of categories anew, of what stands in the columns by then.
+    """
+    manager._source_registry = deepcopy(manager.registry)
+
+
 __all__ = [
     "HAS_TENSORBOARD",
     "SCVI_UUID_KEY",
@@ -45,6 +55,7 @@ __all__ = [
     "compare_groups",
     "check_view",
     "copy_if_view",
+    "keep_registration",
     "devices_dsp",
     "move_to_device",
     "parse_device_args",

@@ -277,6 +277,19 @@ def test_columns_that_are_mended_are_read_again(model, key, first):
     np.testing.assert_array_equal(model.get_normalized_expression(new), model.get_normalized_expression(expected))
 
 
+def test_a_batch_that_was_renamed_moves_no_other(tissues, build, train):
+    """A second set-up makes the first one read its columns again; the codes stay those that were trained."""
+    model = train(build(tissues))
+    adata, before = model.adata, model.get_normalized_expression()
+    adata.obs["batch"] = adata.obs["batch"].astype(str).replace("batch0", "renamed")
+    CellPLM.setup_anndata(adata, batch_key="study")
+    with pytest.warns(UserWarning, match=r'1 category that the model has not seen \("renamed"\)'):
+        after = model.get_normalized_expression()
+    other = (adata.obs["batch"] == "batch1").to_numpy()
+    np.testing.assert_array_equal(after[other], before[other])
+    np.testing.assert_array_equal(model.get_normalized_expression(transform_batch="batch0")[~other], before[~other])
+
+
 def test_a_covariate_of_one_category_is_not_missed(tissues, build, train):
     """It has nothing to say."""
     tissues.obs["study"] = "one"

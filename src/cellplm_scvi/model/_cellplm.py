@@ -12,7 +12,7 @@ from scvi.data import AnnDataManager
 from scvi.model.base import BaseModelClass
 
 from cellplm_scvi import _constants as c
-from cellplm_scvi._compat import SCVI_UUID_KEY, AnnOrMuData, copy_if_view, setup_anndata_dsp
+from cellplm_scvi._compat import SCVI_UUID_KEY, AnnOrMuData, copy_if_view, keep_registration, setup_anndata_dsp
 from cellplm_scvi.data._checks import check_library, check_sizes, some, warn
 from cellplm_scvi.data._corpus import CorpusRegistry, StartingPoint
 from cellplm_scvi.data._fields import make_fields
@@ -148,6 +148,7 @@ class CellPLM(
             self.adata_manager.validate()  # the AnnData may hold the codes of another set-up
             for field in self.adata_manager.fields:
                 field.validate_field(adata)  # or have been changed since
+            keep_registration(self.adata_manager)
         elif isinstance(registry, CorpusRegistry):
             self.registry_ = dict(registry)  # a saved model does not depend on where the corpus is
         self._extension = Extension.from_dict(extension)
