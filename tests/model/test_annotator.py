@@ -69,6 +69,17 @@ def test_labels_that_are_numbers(labelled, dtype):
     assert (annotator.predict()[hidden] == numbers[hidden].astype(str)).mean() > 0.9
 
 
+def test_labels_that_were_mended_are_learned(labelled):
+    adata = labelled.adata.copy()
+    right = adata.obs["cell_type"].astype(str)
+    adata.obs["mended"] = right.map({"type0": "type1", "type1": "type0", "type2": "type2"})
+    annotator = CellPLMAnnotator.from_cellplm(labelled, "mended", adata=adata)
+    annotator.train()
+    adata.obs["mended"] = right
+    annotator.train()
+    assert (annotator.predict() == right).mean() > 0.9
+
+
 def test_one_labelled_cell_a_class_is_too_few(labelled):
     adata = labelled.adata.copy()
     first = ~adata.obs["cell_type"].duplicated().to_numpy()

@@ -347,6 +347,16 @@ def test_a_missing_perturbation_is_no_control(adata, model):
         model.predict_perturbation("gene1", copy)
 
 
+def test_perturbations_that_were_mended_are_learned(adata):
+    copy = adata.copy()
+    model = fit(copy)
+    name = model._perturbation["elements"][0]
+    copy.obs["perturbation"] = copy.obs["perturbation"].astype(str).str.replace(rf"\b{name}\b", "mended", regex=True)
+    model.train_perturbation(n_steps=1, progress_bar=False)
+    assert "mended" in model._perturbation["elements"]
+    assert name not in model._perturbation["elements"]
+
+
 def test_names_of_drugs_are_not_taken_for_genes_of_mice(adata):
     drugs = {
         name: f"Drug{'abcdefghi'[n]}" for n, name in enumerate(adata.obs["perturbation"].unique()) if name != "control"

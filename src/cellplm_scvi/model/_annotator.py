@@ -161,7 +161,7 @@ class CellPLMAnnotator(CellPLM):
         held_out: float = 0.1,
         **kwargs: Any,
     ) -> None:
-        """Learn the classes; called again, it goes on from the present weights.
+        """Learn the classes from the labels that are there now; called again, it goes on from the present weights.
 
         With the backbone frozen, cross-validation over samples (over random cells where all labels are of one sample)
         ranks features and penalties by macro-F1, and the four best heads are averaged; a class weighs as the square root of its number of cells. The
@@ -205,6 +205,7 @@ class CellPLMAnnotator(CellPLM):
         if not fine_tune and (max_epochs is not None or kwargs):
             given = ["max_epochs"] * (max_epochs is not None) + list(kwargs)
             raise ValueError(f"{some(given)}: the frozen backbone is not trained. Pass fine_tune=True to train it.")
+        self._read_annotations()
         table = CellTable.from_manager(self.adata_manager)
         self._say_other_classes(table)
         classes = self._classes_of(table)

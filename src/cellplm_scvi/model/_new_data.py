@@ -9,6 +9,7 @@ from anndata import AnnData
 from mudata import MuData
 from scvi.data import AnnDataManager
 
+from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import SCVI_UUID_KEY, AnnOrMuData, check_view, copy_if_view
 
 from ._registry import columns_read, manager_of, reading, set_up_as
@@ -79,6 +80,15 @@ class NewDataMixin:
         self._register_manager_for_instance(manager)  # type: ignore[attr-defined]
         if self.adata_manager is None:  # type: ignore[attr-defined]
             self._adata, self._adata_manager = adata, manager
+
+    def _read_annotations(self) -> None:
+        """Read labels and perturbations of the model's own data again: they may have been mended since the last training."""
+        manager = self.adata_manager  # type: ignore[attr-defined]
+        registered = manager.registry["field_registries"]
+        for field in manager.fields:
+            if field.registry_key in (c.LABELS_KEY, c.PERTURBATION_KEY):
+                known = registered[field.registry_key]["state_registry"]
+                registered[field.registry_key]["state_registry"] = field.transfer_field(known, manager.adata)
 
     def _attach(self, adata: AnnOrMuData) -> None:
         """Make data the model's own, by its own registry."""

@@ -98,6 +98,7 @@ class PerturbationTrainingMixin:
             raise ValueError("The model is not trained: call train() before train_perturbation().")
         if self.adata is None:  # type: ignore[attr-defined]
             raise ValueError("The model has no AnnData: load it with `adata=` to train perturbations.")
+        self._read_annotations()  # type: ignore[attr-defined]
         table = CellTable.from_manager(self.adata_manager)  # type: ignore[attr-defined]
         pairs = pair_with_controls(table, self._perturbation_of_cells(table), self._control)
         names = sorted({name for elements in pairs.perturbations for name in elements})
