@@ -378,6 +378,15 @@ def test_indices_that_do_not_fit(model, method, indices, error, message):
         getattr(model, method)(indices=indices)
 
 
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.uint64])
+def test_row_numbers_of_any_integer_type(model, make_tissues, dtype):
+    """Also of one that cannot hold the number of cells."""
+    adata = make_tissues(300)
+    rows = np.array([7, 0, 100], dtype=dtype)
+    expected = model.get_latent_representation(adata, indices=[7, 0, 100])
+    np.testing.assert_array_equal(model.get_latent_representation(adata, indices=rows), expected)
+
+
 def test_a_loader_of_ones_own(model):
     loader = model._make_data_loader(model.adata, indices=ROWS)
     np.testing.assert_array_equal(

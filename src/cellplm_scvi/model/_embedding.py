@@ -86,7 +86,8 @@ class EmbeddingMixin:
             raise TypeError("indices must be row numbers, one a cell, or a boolean mask; for names use `adata[names]`.")
         if rows.min() < -n_cells or rows.max() >= n_cells:
             raise IndexError(f"indices go from {rows.min()} to {rows.max()}; the AnnData has {n_cells:,} cells.")
-        return np.where(rows < 0, rows + n_cells, rows).astype(np.int64)
+        rows = rows.astype(np.int64)  # first: small types cannot hold the sum
+        return np.where(rows < 0, rows + n_cells, rows)
 
     def _table(self, adata: AnnOrMuData) -> CellTable:
         if self._kept_moments is not None:
