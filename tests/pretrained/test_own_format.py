@@ -207,6 +207,16 @@ def test_words_that_are_numbers(tissues: AnnData, build: Any, train: Any, tmp_pa
     pd.testing.assert_frame_equal(again.predict_perturbation("10"), model.predict_perturbation("10"))
 
 
+def test_the_summary_counts_no_samples_that_it_does_not_know(
+    dissociated_model: CellPLM, tmp_path: Path, capsys: Any
+) -> None:
+    again = reload(dissociated_model, tmp_path, dissociated_model.adata.copy())
+    repr(again)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "90 cells, " in shown
+    assert "samples" not in shown
+
+
 def test_data_may_come_later(dissociated_model: CellPLM, tmp_path: Path) -> None:
     again = reload(dissociated_model, tmp_path)
     for method in ("get_latent_representation", "get_normalized_expression", "get_elbo", "posterior_predictive_sample"):

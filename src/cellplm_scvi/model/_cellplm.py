@@ -207,12 +207,14 @@ class CellPLM(
             max_context=max_context,
         )
         self._add_categories()
+        # a pre-trained model does not know those of its training
         n_samples = len(states[c.SAMPLE_KEY]["categorical_mapping"])
+        samples = f" in {n_samples:,} samples" if n_samples else ""
         self._model_summary_string = (
             f"CellPLM with {sum(p.numel() for p in self.module.parameters()):,} parameters: {n_genes:,} genes, "
             f"n_hidden: {n_hidden}, n_layers: {n_layers}, n_heads: {n_heads}, n_latent: {n_latent}, "
             f"encoder: {encoder}, latent: {latent}{f' ({n_components})' if latent == 'mixture' else ''}, "
-            f"position: {position if n_dims else 'none (no coordinates)'}; {n_cells:,} cells in {n_samples:,} samples, "
+            f"position: {position if n_dims else 'none (no coordinates)'}; {n_cells:,} cells{samples}, "
             + ", ".join(f"{n + self._extension.n_added(name):,} {name} categories" for name, n in categories.items())
         )
         self._add_parts()
