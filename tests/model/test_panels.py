@@ -264,6 +264,23 @@ def test_mudata_panels_beside_the_counts_are_not_overlooked(multimodal, train):
     assert model.get_normalized_expression()[two].iloc[:, 20:].isna().all(axis=None)
 
 
+def test_mudata_annotator_of_labels_in_a_modality(multimodal, train, tmp_path):
+    """They are where the set-up says that labels are."""
+    modalities = MODALITIES | {"labels_key": "rna"}
+    CellPLM.setup_mudata(multimodal, **KEYS, labels_key="cell_type", modalities=modalities)
+    del multimodal.obs["cell_type"]
+    annotator = CellPLMAnnotator.from_cellplm(train(CellPLM(multimodal, **TINY)), "cell_type")
+    annotator.train()
+    expected = annotator.predict(soft=True)
+    assert list(expected.columns) == list(multimodal["rna"].obs["cell_type"].cat.categories)
+    annotator.save(str(tmp_path / "annotator"))
+    again = CellPLMAnnotator.load(str(tmp_path / "annotator"), multimodal, accelerator="cpu")
+    pd.testing.assert_frame_equal(again.predict(soft=True), expected)
+    rna = multimodal["rna"].copy()
+    rna.obs["sample"] = multimodal.obs["sample"]
+    assert list(CellPLMAnnotator.from_cellplm(annotator, "cell_type", adata=rna).classes) == list(expected.columns)
+
+
 def test_mudata_annotator(multimodal_model, tmp_path):
     """Labels in the common obs; saved, loaded, fine-tuned."""
     data = multimodal_model.adata

@@ -26,6 +26,7 @@ from cellplm_scvi.nn._annotation import N_QUANTILES
 from ._annotation_fit import fit_head, held_out_distances, hold_out, make_folds, within_class_whitening
 from ._cellplm import CellPLM
 from ._defaults import default_max_epochs, sizes_of
+from ._registry import part_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -101,7 +102,8 @@ class CellPLMAnnotator(CellPLM):
         model
             A trained :class:`~cellplm_scvi.CellPLM`, or one from :meth:`~cellplm_scvi.CellPLM.from_pretrained`.
         labels_key
-            Column of ``obs`` with cell types; numbers are taken, and given back, as text.
+            Column of ``obs`` with cell types; numbers are taken, and given back, as text. Of a MuData, it is in the
+            modality that its set-up names for ``labels_key``, else in ``obs`` of the MuData itself.
         unlabeled_category
             The word for cells without a label in that column; missing values mean the same. These cells are the context of
             the others, and in fine-tuning they are trained on as before.
@@ -120,18 +122,20 @@ class CellPLMAnnotator(CellPLM):
         adata = model.adata if adata is None else adata
         if adata is None:
             raise ValueError("The model has no AnnData: pass the one with the labels as adata.")
-        unlabeled_category = as_text(unlabeled_category)
-        labels = check_column(adata, labels_key, "labels_key").astype(object)
+unlabeled_category = as_text(unlabeled_category)
+        registry = deepcopy(model.registry_) if adata is model.adata else model._registry_for(adata)
+        modality = (registry["setup_args"].get("modalities") or {}).get("labels_key")
+        labels = check_column(part_of(adata, modality), labels_key, "labels_key").astype(object)
         names = sorted({as_text(name) for name in labels[labels.notna()].unique()} - {unlabeled_category})
         if len(names) < 2:
             raise ValueError(
                 f'obs["{labels_key}"] has {len(names)} class{"es" * (len(names) != 1)} beside "{unlabeled_category}" '
                 f"({some(names)}); at least two are needed."
             )
-        registry = deepcopy(model.registry_) if adata is model.adata else model._registry_for(adata)
         registry["setup_args"] |= {"labels_key": labels_key, "unlabeled_category": unlabeled_category}
         registry["field_registries"][c.LABELS_KEY] = {
-            "data_registry": {"attr_name": "obs", "attr_key": f"_scvi_{c.LABELS_KEY}"},
+            "data_registry": {"attr_name": "obs", "attr_key": f"_scvi_{c.LABELS_KEY}"}
+            | ({} if modality is None else {"mod_key": modality}),
             "state_registry": {
                 AnnotationField.CATEGORICAL_MAPPING_KEY: np.asarray([*names, unlabeled_category], dtype=object),
                 AnnotationField.ORIGINAL_ATTR_KEY: labels_key,

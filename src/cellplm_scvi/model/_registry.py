@@ -112,13 +112,13 @@ def reading(registry: Mapping[str, Any], adata: AnnOrMuData, own: Mapping[str, A
             # without it on purpose, as the model was at that time
             arguments[name] = ABSENT if name in BUILT_FOR else None
             continue
-        holder = getattr(_part(adata, modalities.get(name)), place)
+        holder = getattr(part_of(adata, modalities.get(name)), place)
         keys = (own.get(name), saved[name], *earlier.get(name, []))
         arguments[name] = next((key for key in keys if key is not None and key in holder), default)
     return arguments
 
 
-def _part(adata: AnnOrMuData, modality: str | None) -> AnnOrMuData:
+def part_of(adata: AnnOrMuData, modality: str | None) -> AnnOrMuData:
     """A modality of a MuData, or all of it."""
     return adata if isinstance(adata, AnnData) else adata.mod.get(modality, adata)
 
@@ -129,7 +129,7 @@ def columns_read(adata: AnnOrMuData, arguments: Mapping[str, Any]) -> dict[str, 
     found: dict[str, Any] = {}
     for name in (*KEY_ARGUMENTS.values(), *WORDS):
         key = arguments.get(name)
-        obs = _part(adata, modalities.get(name)).obs
+        obs = part_of(adata, modalities.get(name)).obs
         if key is not None and key in obs:
             codes, names = pd.factorize(obs[key])
             found[name] = key, hash(codes.tobytes()), list(map(str, names))
