@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import anndata
@@ -65,6 +66,15 @@ def test_cells(reference, section):
     assert np.isnan(joined.obsm["spatial"][:6]).all()
     np.testing.assert_array_equal(joined.obsm["spatial"][6:], section.obsm["spatial"])
     assert joined.var.loc["A", "symbol"] == "a"
+
+
+def test_columns_of_text_are_joined_without_a_warning(reference, section):
+    reference.obs["donor"] = pd.array(["a"] * 6, dtype="str")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*shares only")
+        joined = concat_panels([reference, section])
+    assert joined.obs["donor"].isna().tolist() == [False] * 6 + [True] * 4
 
 
 def test_names_that_do_not_collide_are_kept(reference, section):

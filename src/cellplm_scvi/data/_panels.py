@@ -224,8 +224,8 @@ def _joined_obs(named: Mapping[str, AnnData], label: str) -> pd.DataFrame:
 
 def _with_truth_values(table: pd.DataFrame) -> pd.DataFrame:
     """The table with columns of truth values as such, nullable where some are missing, so that it can be written."""
-    for name in table.select_dtypes(object):
-        if pd.api.types.infer_dtype(table[name]) == "boolean":
+    for name, column in table.items():
+        if pd.api.types.is_object_dtype(column) and pd.api.types.infer_dtype(column) == "boolean":
             table[name] = table[name].astype("boolean" if table[name].isna().any() else bool)
     return table
 
