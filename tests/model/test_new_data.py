@@ -237,6 +237,19 @@ def test_new_data_of_zero_cells(model):
         model.get_latent_representation(model.adata[:0].copy())
 
 
+def test_counts_that_are_not_in_the_layer_of_the_model(make_tissues, build, train):
+    adata = make_tissues()
+    adata.layers["counts"] = adata.X
+    model = train(build(adata, {"layer": "counts"}))
+    new = make_tissues()
+    with pytest.raises(
+        ValueError, match=r'layer="counts" is not a layer.*set up this AnnData with that `layer=`, or without'
+    ):
+        model.get_latent_representation(new)
+    CellPLM.setup_anndata(new, batch_key="batch", sample_key="sample")
+    np.testing.assert_array_equal(model.get_latent_representation(new), model.get_latent_representation())
+
+
 def test_new_cells_without_counts(model):
     empty = AnnData(np.zeros((3, 30), np.float32), obs=model.adata.obs.iloc[:3], var=model.adata.var)
     assert np.isfinite(model.get_latent_representation(empty)).all()

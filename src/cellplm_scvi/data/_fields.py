@@ -43,7 +43,8 @@ class CountsField(LayerField):
         if self.attr_key is not None and self.attr_key not in adata.layers:
             layers = [name for name in adata.layers.keys() if name is not None]
             raise ValueError(
-                f'layer="{self.attr_key}" is not a layer of the AnnData, which has {some(layers) or "none"}.'
+                f'layer="{self.attr_key}" is not a layer of the AnnData, which has {some(layers) or "none"}. Where raw counts '
+                "are in another layer, or in X, set up this AnnData with that `layer=`, or without it."
             )
         if self.attr_key is None and adata.X is None:
             raise ValueError("adata.X is None. Pass the layer that holds the counts with `layer=`.")
