@@ -243,11 +243,16 @@ def test_library_sizes_that_are_not_numbers(tissues, value):
     ("table", "error", "message"),
     [
         (lambda a: np.ones((a.n_vars, 2), bool), TypeError, r'varm\["panel"\] is a ndarray; a DataFrame is needed'),
-        (lambda a: frame(a, one=1, two=0), TypeError, "must hold True and False only; found"),
+        (lambda a: frame(a, one=1, two=0), TypeError, r"columns of the type int64.*\.astype\(bool\)"),
+        (
+            lambda a: frame(a, one=True, two=[True, False] * 15).astype({"two": object}),
+            TypeError,
+            "of the type object; it",
+        ),
         (lambda a: frame(a, one=True), ValueError, r'has no column for the data set "two" of obs\["study"\]'),
         (lambda a: frame(a, one=True, two=False), ValueError, 'no gene is measured in the data set "two"'),
     ],
-    ids=["array", "ints", "column", "empty"],
+    ids=["array", "ints", "objects", "column", "empty"],
 )
 def test_panels_of_the_wrong_form(tissues, table, error, message):
     tissues.varm["panel"] = table(tissues)

@@ -147,8 +147,10 @@ class MeasuredGenesField(BaseAnnDataField):
                 f'categories of obs["{self.dataset_key}"].'
             )
         if any(dtype != np.dtype(bool) for dtype in table.dtypes):
+            found = ", ".join(sorted({str(dtype) for dtype in table.dtypes if dtype != np.dtype(bool)}))
             raise TypeError(
-                f'varm["{self.attr_key}"] must hold True and False only; found {set(map(str, table.dtypes))}.'
+                f'varm["{self.attr_key}"] has columns of the type {found}; it must be bool. If they hold True and False (or '
+                f'1 and 0) alone: adata.varm["{self.attr_key}"] = adata.varm["{self.attr_key}"].astype(bool).'
             )
         if self.dataset_key not in adata.obs:  # of a MuData, in another place: see `CellTable`
             return
