@@ -349,6 +349,11 @@ def test_another_optimiser_is_refused_not_ignored(tissues, build, train, argumen
         train(build(tissues), plan_kwargs=argument)
 
 
+def test_a_mistyped_argument_of_the_plan_is_refused_before_training(tissues, build, train):
+    with pytest.raises(TypeError, match='plan_kwargs has "wieght_decay", which the training plan does not take'):
+        train(build(tissues), plan_kwargs={"wieght_decay": 0.1})
+
+
 def test_the_divergence_rises_by_steps_if_asked_for(tissues, build, train):
     weights = []
     for plan in ({"n_steps_kl_warmup": 1000}, {"n_epochs_kl_warmup": 1}):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import replace
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,6 +102,9 @@ class CellPLMTrainingPlan(TrainingPlan):
             n_epochs_kl_warmup=n_epochs_kl_warmup,
             **kwargs,
         )
+        # what scvi-tools' plan does not know, it passes to the loss, which would complain at the first step
+        if unknown := [name for name in self.loss_kwargs if name not in signature(module.loss).parameters]:
+            raise TypeError(f"plan_kwargs has {some(unknown)}, which the training plan does not take.")
         self.warmup = warmup
         self.final_lr = final_lr
         for name, share in (("warmup", warmup), ("final_lr", final_lr)):
