@@ -395,6 +395,15 @@ def test_the_command(sections, tmp_path, capsys):
         pytest.param("corpus build c a.h5ad --genes g.txt", "There is no file g.txt of genes", id="no vocabulary"),
         pytest.param("pretrain --corpus nowhere --folder run", "nowhere holds no corpus", id="no corpus to train on"),
         pytest.param("pretrain --corpus c --folder run --preset huge", 'preset="huge" is not one of', id="no preset"),
+        pytest.param(
+            "pretrain --corpus corpus --folder run --max_steps 0", "max_steps=0 must be a positive", id="no step"
+        ),
+        pytest.param(
+            'pretrain --corpus corpus --folder run --preset tiny --plan {"wramup":0.1}',
+            'plan_kwargs has "wramup", which the training plan does not take',
+            id="no argument of the plan",
+        ),
+        pytest.param("embed model corpus z.zarr --batch_size 0", "batch_size=0 must be a positive", id="no minibatch"),
         pytest.param("pretrain --corpus corpus --folder run --start_from ./mode", 'no folder "./mode"', id="no start"),
         pytest.param("embed ./mode a.h5ad z.zarr", 'There is no folder "./mode"', id="no model"),
         pytest.param("embed kept/modl a.h5ad z.zarr", 'There is no folder "kept/modl"', id="no model, but its parent"),

@@ -18,7 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from cellplm_scvi import _constants as c
-from cellplm_scvi.data._checks import some, warn
+from cellplm_scvi.data._checks import check_sizes, some, warn
 from cellplm_scvi.data._corpus import MANIFEST, Corpus
 from cellplm_scvi.data._corpus_build import build_corpus
 from cellplm_scvi.data._corpus_source import Source, named_sources, opened
@@ -99,6 +99,8 @@ def embed(
     -------
     Path of the result.
     """
+    if batch_size is not None:
+        check_sizes(batch_size=batch_size)
     out = Path(out).expanduser()
     if out.exists():
         raise FileExistsError(f"{out} exists. Choose another name, or remove it first.")
@@ -181,7 +183,8 @@ def _embed_rows(
     network: CellPLM, data: CorpusDataModule, work: Path, batch_size: int | None, progress: bool, *, by_source: bool
 ) -> None:
     """Fill ``embedding.npy``, (n_cells, n_latent); ``progress.json`` says how many minibatches are in it."""
-    size = batch_size or default_inference_batch_size(network.module.n_hidden, network.module.device.type)
+    default = default_inference_batch_size(network.module.n_hidden, network.module.device.type)
+    size = default if batch_size is None else batch_size
     loader = data.inference_dataloader(batch_size=size).serve(network)
     units = loader.units()
     note, file = work / NOTE, work / "embedding.npy"

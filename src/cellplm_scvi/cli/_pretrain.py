@@ -142,6 +142,7 @@ def pretrain(
         )
     check_sizes(accumulate=accumulate, checkpoint_every=checkpoint_every, log_every=log_every, max_epochs=max_epochs)
     check_sizes(**({} if validate_every is None else {"validate_every": validate_every}))
+    check_sizes(**({} if max_steps == -1 else {"max_steps": max_steps}))
     checkpoint = folder / CHECKPOINT
     if checkpoint.exists():
         _check_unchanged(folder, arguments)
