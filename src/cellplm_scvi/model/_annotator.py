@@ -122,7 +122,7 @@ class CellPLMAnnotator(CellPLM):
         adata = model.adata if adata is None else adata
         if adata is None:
             raise ValueError("The model has no AnnData: pass the one with the labels as adata.")
-unlabeled_category = as_text(unlabeled_category)
+        unlabeled_category = as_text(unlabeled_category)
         registry = deepcopy(model.registry_) if adata is model.adata else model._registry_for(adata)
         modality = (registry["setup_args"].get("modalities") or {}).get("labels_key")
         labels = check_column(part_of(adata, modality), labels_key, "labels_key").astype(object)

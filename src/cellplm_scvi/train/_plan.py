@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from dataclasses import replace
 from inspect import signature
@@ -90,9 +89,6 @@ class CellPLMTrainingPlan(TrainingPlan):
                 f"plan_kwargs has {some(other)}: the optimiser is AdamW, with a rate that rises and falls by step (lr, warmup, "
                 "final_lr, weight_decay, eps). For another one, override configure_optimizers."
             )
-        known = (inspect.signature(of).parameters for of in (TrainingPlan.__init__, module.loss))
-        if unknown := sorted(kwargs.keys() - set().union(*known)):
-            raise TypeError(f"plan_kwargs has {some(unknown)}, which the training plan does not take.")
         super().__init__(
             module,
             optimizer="AdamW",
