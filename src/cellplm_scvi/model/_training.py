@@ -75,6 +75,9 @@ class TrainingMixin:
         :meth:`from_pretrained` or :meth:`load_query_data`, the decoder starts at the mean counts of genes in the training cells
         of the new data.
 
+        Where there are several batches, it ends with finding how these lie apart within clusters of the embedding, which
+        :meth:`get_latent_representation` takes out.
+
         Parameters
         ----------
         max_epochs
@@ -100,7 +103,7 @@ class TrainingMixin:
         freeze
             What stays as it is, to the bit: ``"embedder"`` (gene embedder and position code), ``"encoder"`` (these and the
             layers of the encoder), ``"backbone"`` (everything but the decoder's contributions of categories and its output
-            layer, a row a gene; embeddings do not change) or ``"reference"`` (everything but the contributions of the
+            layer, a row a gene; embeddings do not change, and batches are not aligned anew) or ``"reference"`` (everything but the contributions of the
             categories that were added last). ``"auto"``: ``"reference"`` after :meth:`load_query_data`, else ``None``.
             Frozen parts have no dropout.
         **trainer_kwargs
