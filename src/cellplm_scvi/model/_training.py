@@ -184,7 +184,7 @@ class TrainingMixin:
                 **{"gradient_clip_val": 1.0, **trainer_kwargs},
             )()
         if isinstance(data, SampleSplitter) and freeze != "backbone":
-            fit_alignment(self, new_batches=freeze == "reference")  # type: ignore[arg-type]
+            fit_alignment(self, data.table, new_batches=freeze == "reference")  # type: ignore[arg-type]
 
     def _plan_defaults(
         self, max_epochs: int, freeze: Freeze | None, n_steps: int | None, given: Mapping[str, Any]

@@ -73,18 +73,18 @@ class BatchAlignment(nn.Module):
         self.displacement = torch.cat([self.displacement, self.displacement.new_zeros(shape)], 1)
 
     def memberships(self, z: Tensor, step: int) -> Tensor:
-        """How much cells belong to each cluster of a step, (n_cells, n_clusters); z (n_cells, n_latent) in double precision."""
-        distance = torch.cdist(z, self.centre[step].double()).square() / self.scale[step].double()
+        """How much cells belong to each cluster of a step, (n_cells, n_clusters), for z (n_cells, n_latent)."""
+        distance = torch.cdist(z, self.centre[step].to(z.dtype)).square() / self.scale[step].to(z.dtype)
         outside = torch.full_like(distance[:, :1], OUTSIDE)
         return (torch.cat([distance, outside], 1) / -SOFTNESS).softmax(1)[:, :-1]
 
     def move(self, z: Tensor, batch: Tensor, step: int) -> Tensor:
-        """Positions after one step, (n_cells, n_latent), in double precision."""
+        """Positions after one step, (n_cells, n_latent)."""
         member, moved = self.memberships(z, step), z.clone()
         for code in batch.unique().tolist():
             if 0 <= code < self.n_batches:
                 cells = batch == code
-                moved[cells] -= member[cells] @ self.displacement[step, code].double()
+                moved[cells] -= member[cells] @ self.displacement[step, code].to(z.dtype)
         return moved
 
     def forward(self, z: Tensor, batch: Tensor) -> Tensor:
