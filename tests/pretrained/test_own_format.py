@@ -413,7 +413,8 @@ CHANGES: dict[str, Callable[[dict[str, torch.Tensor], str], Any]] = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("place", [0, 7, -1])
 def test_odd_weights(change: str, place: int, own: Path) -> None:
-    weights = load_file(own / WEIGHTS)
+    # clones, for what was read is a map of the file, which is about to be written anew
+    weights = {name: value.clone() for name, value in load_file(own / WEIGHTS).items()}
     key = [name for name, value in sorted(weights.items()) if value.ndim == 2][place]
     CHANGES[change](weights, key)
     save_file(weights, own / WEIGHTS)
