@@ -397,6 +397,11 @@ def test_truncated(name: str, kept: float, own: Path) -> None:
     refused(own)
 
 
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Clones, for what was read is a map of the file, which is about to be written anew."""
+    return {name: value.clone() for name, value in load_file(folder / WEIGHTS).items()}
+
+
 CHANGES: dict[str, Callable[[dict[str, torch.Tensor], str], Any]] = {
     "missing": lambda w, k: w.pop(k),
     "extra": lambda w, k: w.update(extra=torch.ones(2)),
@@ -413,8 +418,7 @@ CHANGES: dict[str, Callable[[dict[str, torch.Tensor], str], Any]] = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("place", [0, 7, -1])
 def test_odd_weights(change: str, place: int, own: Path) -> None:
-    # clones, for what was read is a map of the file, which is about to be written anew
-    weights = {name: value.clone() for name, value in load_file(own / WEIGHTS).items()}
+    weights = read_weights(own)
     key = [name for name, value in sorted(weights.items()) if value.ndim == 2][place]
     CHANGES[change](weights, key)
     save_file(weights, own / WEIGHTS)
@@ -455,7 +459,7 @@ def test_a_flipped_bit(saved: Path, own: Path) -> None:
 
 
 def test_pickle_for_weights(own: Path) -> None:
-    torch.save(load_file(own / WEIGHTS), own / WEIGHTS)
+    torch.save(read_weights(own), own / WEIGHTS)
     refused(own)
 
 
