@@ -38,6 +38,8 @@ class AbundanceMixin(VAEMixin):
     ) -> MixtureSameFamily:
         """Aggregated posterior of cells: the mixture of their q(z|h), each with the same weight.
 
+        Means are those of :meth:`~cellplm_scvi.CellPLM.get_latent_representation`, with the batches aligned.
+
         Parameters
         ----------
         adata, indices, batch_size
@@ -54,9 +56,7 @@ class AbundanceMixin(VAEMixin):
         ValueError
             If ``indices`` asks for no cell, or the model's latent space is deterministic.
         """
-        mean, variance = self.get_latent_representation(
-            adata, indices, batch_size=batch_size, return_dist=True, align_batches=False
-        )
+        mean, variance = self.get_latent_representation(adata, indices, batch_size=batch_size, return_dist=True)
         if len(mean) == 0:
             raise ValueError("indices asks for no cell.")
         return self._mixture(mean, variance, dof)
@@ -129,8 +129,8 @@ class AbundanceMixin(VAEMixin):
                 f"in adata ({some(absent)}). Pass the cells of all samples as `adata`."
             )
         rows = np.arange(adata.n_obs) if part is adata else _rows_within(self._table(part), self._table(adata))
-        mean, variance = self.get_latent_representation(adata, return_dist=True, align_batches=False)
-        z = torch.from_numpy(self.get_latent_representation(part, align_batches=False) if rows is None else mean[rows])
+        mean, variance = self.get_latent_representation(adata, return_dist=True)
+        z = torch.from_numpy(self.get_latent_representation(part) if rows is None else mean[rows])
         log_probs = {}
         for name in track(asked, description="DA..."):
             members = np.flatnonzero(samples == name)
