@@ -132,7 +132,9 @@ def test_unseen_categories_get_the_mean_code(model, key):
     known = model.get_normalized_expression()
     np.testing.assert_allclose(expression[10:], known[10:], rtol=1e-4)
     assert np.abs(expression[:10] - known[:10]).to_numpy().max() > 1e-6
-    np.testing.assert_allclose(model.get_latent_representation(other), model.get_latent_representation(), atol=1e-6)
+    for align in [False] if key == "batch" else [False, True]:  # a batch that is not known is not moved
+        z = (model.get_latent_representation(data, align_batches=align) for data in (other, None))
+        np.testing.assert_allclose(*z, atol=1e-6)
     other.obs[key] = "also unseen"
     with pytest.warns(UserWarning, match="also unseen"):
         every = model.get_normalized_expression(other.copy())
