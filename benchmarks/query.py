@@ -100,8 +100,9 @@ def embed_cellplm(
             mapped = CellPLM.load_query_data(new, model, accelerator="cpu")
             unfrozen = {"freeze": None, "plan_kwargs": {"lr": 1e-4}} if method == "query_all" else {}
             mapped.train(**(QUIET | unfrozen | kwargs))
-        z_reference = mapped.get_latent_representation(reference.copy())
-        return z_reference, mapped.get_latent_representation(new), -float(mapped.get_elbo(new))
+        # as the encoder gives them: of a query, batches are not aligned
+        z_reference = mapped.get_latent_representation(reference.copy(), align_batches=False)
+        return z_reference, mapped.get_latent_representation(new, align_batches=False), -float(mapped.get_elbo(new))
 
     return {method: partial(embed, method) for method in methods}
 

@@ -31,41 +31,22 @@ FAR = 1e6
 
 
 @torch.inference_mode()
-def fit_alignment(model: CellPLM, table: CellTable, *, new_batches: bool = False) -> None:
-    """Fit the alignment of a trained model to cells.
-
-    Parameters
-    ----------
-    model
-        A trained model.
-    table
-        The cells that it was trained on.
-    new_batches
-        Align the batches that were added last, and leave the clusters and all other batches as they are.
-    """
+def fit_alignment(model: CellPLM, table: CellTable) -> None:
+    """Fit the alignment of a trained model to the cells that it was trained on."""
     alignment = model.module.alignment
     if alignment is None:
         return
+    alignment.reset()
     batch = table.covariates[c.BATCH_KEY]
-    known = np.unique(batch[(batch >= 0) & (batch < alignment.n_batches)])
-    if new_batches:
-        n_added = model._extension.steps[-1].get(c.BATCH_KEY, 0) if model._extension.steps else 0
-        known = known[known >= alignment.n_batches - n_added]
-        rows = np.flatnonzero(np.isin(batch, known))
-        possible = alignment.fitted and rows.size > 0
-    else:
-        rows = np.flatnonzero(np.isin(batch, known))
-        possible = known.size > 1 and rows.size >= 2 * CELLS_A_CLUSTER
-        alignment.reset()
-    if not possible:
+    rows = np.flatnonzero((batch >= 0) & (batch < alignment.n_batches))
+    if np.unique(batch[rows]).size < 2 or rows.size < 2 * CELLS_A_CLUSTER:
         return
     rows = _some_rows(rows, batch)
     mean = model._moments(table, rows, None, mean_only=True)[0]
     z = torch.from_numpy(mean[rows]).to(alignment.centre.device)
     codes = torch.from_numpy(batch[rows]).to(z.device)
     for step in range(alignment.n_steps):
-        if not new_batches:
-            place_clusters(alignment, z, step)
+        place_clusters(alignment, z, step)
         displace(alignment, z, codes, step)
         z = alignment.move(z, codes, step)
 

@@ -44,8 +44,7 @@ class QueryMixin:
         """Map a query onto a trained reference.
 
         Batches, platforms and data sets of the query that the reference does not know get contributions of their own,
-        which are what an unseen category contributes before training. :meth:`train` trains these alone, and aligns the new
-        batches to the clusters of the reference's embedding if its own are aligned, so that everything the
+        which are what an unseen category contributes before training. :meth:`train` trains these alone, so that everything the
         reference says of its own data stays the same to the bit; ``train(freeze=None)`` trains all.
 
         Genes are matched by name, else by what the names mean, as in :meth:`from_pretrained`, whatever form the reference has.

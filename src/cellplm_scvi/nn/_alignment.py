@@ -21,8 +21,7 @@ class BatchAlignment(nn.Module):
     where :math:`s` is the mean squared distance of cells to their centre, and moves by :math:`-\sum_k r_k d_{bk}`, with
     :math:`d_{bk}` the displacement of the cluster in the cell's batch :math:`b`. What lies far from all clusters stays. This is
     what Harmony does (Korsunsky et al. 2019), but for its clusters, which it draws over many batches; here clusters and
-    displacements are numbers of the model, so that a cell's place is a function of its embedding and its batch alone, and
-    new batches can be moved to clusters that are known (as in Kang et al. 2021).
+    displacements are numbers of the model, so that a cell's place is a function of its embedding and its batch alone.
 
     Parameters
     ----------
@@ -68,7 +67,7 @@ class BatchAlignment(nn.Module):
             buffer.zero_()
 
     def add_batches(self, n_added: int) -> None:
-        """Add batches, which stay where they are until they are fitted."""
+        """Add batches, which stay where they are until all are fitted anew."""
         shape = (self.n_steps, n_added, *self.displacement.shape[2:])
         self.displacement = torch.cat([self.displacement, self.displacement.new_zeros(shape)], 1)
 
