@@ -144,7 +144,7 @@ def test_mixture_probabilities(model):
     assert found.shape == (model.adata.n_obs, 3)
     np.testing.assert_allclose(found.sum(1), 1.0, rtol=1e-5)
     latent = model.module.latent
-    z = torch.from_numpy(model.get_latent_representation())
+    z = torch.from_numpy(model.get_latent_representation(align_batches=False))
     with torch.no_grad():
         mean, variance = latent.components()
         components = torch.distributions.Normal(mean, variance.sqrt())

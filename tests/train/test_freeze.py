@@ -68,7 +68,7 @@ class Modes(Callback):
     [
         ("embedder", {"embedder", "position"}),
         ("encoder", {"embedder", "position", "encoder"}),
-        ("backbone", {"embedder", "position", "encoder", "latent", "decoder", "niche", ""}),
+        ("backbone", {"embedder", "position", "encoder", "latent", "decoder", "niche", "alignment", ""}),
         (None, set()),
     ],
 )
