@@ -222,7 +222,7 @@ class EmbeddingMixin:
             deviation (root mean square).
         align_batches
             Move the cells of each batch, cluster by cluster, to where these clusters lie in all batches, as :meth:`train` found
-            it (:class:`~cellplm_scvi.nn.BatchAlignment`). ``False`` gives the mean of q(z|h) itself, which the decoder takes, and so
+            it (``cellplm_scvi.nn.BatchAlignment``). ``False`` gives the mean of q(z|h) itself, which the decoder takes, and so
             do all other results but :meth:`differential_abundance`. Cells of a batch that the model does not know stay where they are.
 
         Returns
