@@ -339,6 +339,23 @@ def test_an_embedding_goes_on_with_the_model_and_corpus_of_another_place(corpus,
     np.testing.assert_allclose(found.X, whole, atol=1e-6)
 
 
+def test_batches_are_aligned_on_disk_as_in_memory_until_a_corpus_is_trained_on(corpus, tmp_path):
+    adata = corpus.to_anndata()
+    CellPLM.setup_anndata(adata, **corpus.registry["setup_args"])
+    model, quiet = CellPLM(adata, **NETWORK), {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False}
+    model.train(1, **quiet)
+    z = model.get_latent_representation()
+    assert np.abs(z - model.get_latent_representation(align_batches=False)).max() > 1e-3
+    found = ad.read_zarr(embed(model, corpus.path, tmp_path / "z.zarr", progress=False))
+    np.testing.assert_allclose(found.X, z, atol=1e-4)
+    streamed = model.get_latent_representation(dataloader=CorpusDataModule(corpus).inference_dataloader())
+    np.testing.assert_allclose(streamed, z, atol=1e-4)
+    model.train(1, datamodule=CorpusDataModule(corpus, validation=0.0), **quiet)
+    np.testing.assert_array_equal(
+        model.get_latent_representation(), model.get_latent_representation(align_batches=False)
+    )
+
+
 def test_what_a_model_misses_in_a_file_is_said(model, sections, tmp_path, recwarn):
     few = sections[:, :20].copy()
     few.var_names = [*few.var_names[:10], *(f"other{n}" for n in range(10))]

@@ -216,7 +216,8 @@ def _embed_rows(
     with bar, fixed_draws():
         for n, (rows, tensors) in enumerate(loader.numbered(units[done:]), start=done + 1):
             places = data.corpus.cells(rows)["source_row"] if by_source else rows
-            result[places] = network.module.embed(tensors).float().cpu().numpy()
+            z = network.module.embed(tensors).float()
+            result[places] = network.module.aligned(z, tensors).cpu().numpy()
             bar.update(rows.shape[0])
             if time.perf_counter() - noted > NOTE_EVERY or n == len(units):
                 result.flush()  # before the note: what is noted is on disk

@@ -31,12 +31,14 @@ FAR = 1e6
 
 
 @torch.inference_mode()
-def fit_alignment(model: CellPLM, table: CellTable) -> None:
-    """Fit the alignment of a trained model to the cells that it was trained on."""
+def fit_alignment(model: CellPLM, table: CellTable | None) -> None:
+    """Fit the alignment of a trained model to the cells that it was trained on; without these, take it away."""
     alignment = model.module.alignment
     if alignment is None:
         return
     alignment.reset()
+    if table is None:
+        return
     batch = table.covariates[c.BATCH_KEY]
     rows = np.flatnonzero((batch >= 0) & (batch < alignment.n_batches))
     if np.unique(batch[rows]).size < 2 or rows.size < 2 * CELLS_A_CLUSTER:

@@ -25,7 +25,7 @@ from cellplm_scvi.nn.published import PublishedMixture
 from ._defaults import default_inference_batch_size, default_row_batch_size
 
 if TYPE_CHECKING:
-    from cellplm_scvi._typing import InferenceOutputs, Minibatch
+    from cellplm_scvi._typing import Minibatch
     from cellplm_scvi.module import CellPLMModule
 
 Moments = tuple[np.ndarray, np.ndarray]
@@ -234,7 +234,7 @@ class EmbeddingMixin:
         if dataloader is not None:
             if adata is not None or indices is not None:
                 raise ValueError("Pass either `dataloader` or `adata` and `indices`.")
-            mean, variance, batch = self._moments_of(dataloader, precision)
+            mean, variance = self._moments_of(dataloader, precision, align_batches)
         else:
             adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
             table = self._table(adata)
@@ -245,11 +245,8 @@ class EmbeddingMixin:
                 moment if indices is None else moment[rows]
                 for moment in self._moments(table, rows, batch_size, mean_only=mean_only, precision=precision)
             )
-            codes = table.covariates.get(c.BATCH_KEY)
-            batch = np.full(table.n_cells, -1) if codes is None else codes
-            batch = batch if indices is None else batch[rows]
-        if align_batches:
-            mean = self._aligned(mean, batch)
+            if align_batches and (batch := table.covariates.get(c.BATCH_KEY)) is not None:
+                mean = self._aligned(mean, batch if indices is None else batch[rows])
         if return_dist:
             return mean, variance
         if give_mean:
@@ -271,12 +268,9 @@ class EmbeddingMixin:
             aligned[part] = alignment(z, torch.from_numpy(batch[part]).to(z.device)).cpu().numpy()
         return aligned
 
-    def _moments_of(
-        self, dataloader: Iterable[Minibatch], precision: Precision
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Mean and variance of q(z|h), each (n_cells, n_latent), and codes of batches, (n_cells,), of a loader's cells."""
+    def _moments_of(self, dataloader: Iterable[Minibatch], precision: Precision, align_batches: bool) -> Moments:
         self.module.eval()
-        rows, batches = [], []
+        rows, means, variances = [], [], []
 
         def minibatches() -> Iterator[Minibatch]:
             if not isinstance(dataloader, InferenceLoader):
@@ -286,16 +280,14 @@ class EmbeddingMixin:
                 rows.append(found)
                 yield tensors
 
-        def embedded(tensors: Minibatch) -> InferenceOutputs:
-            batches.append(tensors["batch"][tensors["target"]] if "target" in tensors else tensors["batch"])
-            return self.module.inference(tensors)
-
         with fixed_draws(anew=True), self._autocast(precision):
-            outputs = [embedded(tensors) for tensors in minibatches()]
-        mean, variance = (torch.cat([o[key].float().cpu() for o in outputs]).numpy() for key in ("qzm", "qzv"))
-        batch = torch.cat(batches).cpu().numpy()
+            for tensors in minibatches():
+                outputs = self.module.inference(tensors)
+                mean = outputs["qzm"].float()
+                means.append((self.module.aligned(mean, tensors) if align_batches else mean).cpu())
+                variances.append(outputs["qzv"].float().cpu())
         order = np.argsort(np.concatenate(rows)) if rows else slice(None)
-        return mean[order], variance[order], batch[order]
+        return torch.cat(means).numpy()[order], torch.cat(variances).numpy()[order]
 
     def get_mixture_probabilities(
         self,

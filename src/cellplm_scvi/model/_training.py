@@ -183,8 +183,8 @@ class TrainingMixin:
                 **({"use_distributed_sampler": False} if isinstance(data, CorpusDataModule | SampleSplitter) else {}),
                 **{"gradient_clip_val": 1.0, **trainer_kwargs},
             )()
-        if isinstance(data, SampleSplitter) and freeze not in ("backbone", "reference"):
-            fit_alignment(self, data.table)  # type: ignore[arg-type]
+        if freeze not in ("backbone", "reference"):  # else embeddings are what they were
+            fit_alignment(self, data.table if isinstance(data, SampleSplitter) else None)  # type: ignore[arg-type]
 
     def _plan_defaults(
         self, max_epochs: int, freeze: Freeze | None, n_steps: int | None, given: Mapping[str, Any]

@@ -218,6 +218,13 @@ class CellPLMModule(BaseModuleClass):
         mean = self.latent.posterior_mean(self.hidden(tensors))
         return mean[tensors["target"]] if "target" in tensors else mean
 
+    def aligned(self, z: Tensor, tensors: Minibatch) -> Tensor:
+        """Embeddings of the cells of a minibatch that count, (n_targets, n_latent), with their batches aligned."""
+        if self.alignment is None:
+            return z
+        batch = tensors["batch"].to(z.device)
+        return self.alignment(z, batch[tensors["target"].to(z.device)] if "target" in tensors else batch)
+
     def _coordinates(self, tensors: Minibatch) -> Tensor:
         """Coordinates where the position code takes them; else only whether a cell has any."""
         if "coordinates" in tensors:
