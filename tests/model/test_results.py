@@ -66,6 +66,10 @@ def test_gene_list(model):
     assert list(model.get_normalized_expression(gene_list="gene2").columns) == ["gene2"]
     with pytest.raises(ValueError, match=r'gene_list has 1 genes that are not known \("nothing"\)'):
         model.get_normalized_expression(gene_list=["gene2", "nothing"])
+    with pytest.raises(
+        TypeError, match=r'gene_list has "True", .*: pass names; of a mask, .* `adata.var_names\[mask\]`'
+    ):
+        model.get_normalized_expression(gene_list=np.ones(model.adata.n_vars, dtype=bool))
 
 
 def test_transform_batch(model):
@@ -376,6 +380,19 @@ def test_results_need_training(tissues, build):
 def test_indices_that_do_not_fit(model, method, indices, error, message):
     with pytest.raises(error, match=message):
         getattr(model, method)(indices=indices)
+
+
+def test_masks_with_names_are_of_the_cells_in_their_order(model):
+    """A column of obs is; the same mask in another order is an error instead of other cells."""
+    adata = model.adata
+    mask = pd.Series(np.arange(adata.n_obs) % 3 == 0, index=adata.obs_names)
+    expected = model.get_latent_representation(indices=mask.to_numpy())
+    np.testing.assert_array_equal(model.get_latent_representation(indices=mask), expected)
+    np.testing.assert_array_equal(model.get_latent_representation(indices=mask.reset_index(drop=True)), expected)
+    with pytest.raises(ValueError, match=r"a mask whose index .* Pass `mask.loc\[adata.obs_names\]`"):
+        model.get_latent_representation(indices=mask[::-1])
+    with pytest.raises(ValueError, match="idx2: indices is a mask whose index"):
+        model.differential_expression(idx1=mask, idx2=~mask[::-1])
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.uint64])

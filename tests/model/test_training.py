@@ -92,6 +92,26 @@ def test_training_lowers_the_loss_and_is_recorded(tissues, build, train):
     assert model.is_trained_
 
 
+def test_history_is_the_mean_over_the_cells_of_all_minibatches(tissues, build, train, monkeypatch):
+    losses = {True: [], False: []}
+    model = build(tissues)
+    compute = type(model.module).loss
+
+    def recorded(module, *args, **kwargs):
+        found = compute(module, *args, **kwargs)
+        losses[module.training].append(found.reconstruction_loss["reconstruction_loss"].detach())
+        return found
+
+    monkeypatch.setattr(type(model.module), "loss", recorded)
+    train(model, max_epochs=2, batch_size=20, check_val_every_n_epoch=1, num_sanity_val_steps=0, callbacks=[])
+    for training, mode in ((True, "train"), (False, "validation")):
+        found = model.history[f"reconstruction_loss_{mode}"].to_numpy(float).ravel()
+        steps = losses[training]
+        assert len(steps) >= 2 * (2 if training else 1)
+        halves = steps[: len(steps) // 2], steps[len(steps) // 2 :]
+        np.testing.assert_allclose(found, [torch.cat(half).mean() for half in halves], rtol=1e-5)
+
+
 def test_more_components_than_distinct_cells(make_tissues, build, train):
     """Cells that are all alike leave clusters of k-means empty."""
     adata = make_tissues(60, 10, n_samples=1)

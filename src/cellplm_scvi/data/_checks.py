@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,17 @@ def some(names: Sequence[object] | np.ndarray | pd.Index, most: int = 3) -> str:
     """The first names in quotes: ``"A", "B", "C", ...``."""
     shown = ", ".join(f'"{name}"' for name in list(names[:most]))
     return shown + (", ..." if len(names) > most else "")
+
+
+def as_names(gene_list: str | Iterable[str]) -> list[str]:
+    """Genes asked for, by name."""
+    names = [gene_list] if isinstance(gene_list, str) else list(gene_list)
+    if any(not isinstance(name, str) for name in names):
+        raise TypeError(
+            f"gene_list has {some([name for name in names if not isinstance(name, str)])}: pass names; of a mask, these are "
+            "`adata.var_names[mask]`."
+        )
+    return names
 
 
 def as_csr(x: Any) -> sp.csr_matrix:

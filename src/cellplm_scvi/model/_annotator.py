@@ -384,7 +384,7 @@ class CellPLMAnnotator(CellPLM):
             raise ValueError(f"unknown_rate={unknown_rate} is not a share of cells, such as 0.05.")
         adata = self._validate_anndata(adata)
         table = self._table(adata)
-        rows = self._rows(table.n_cells, indices)
+        rows = self._rows(table.names, indices)
         raw = torch.from_numpy(self._raw_features(table, rows, batch_size)).to(self.module.device)
         features = head.features(raw[:, : head.n_latent], raw[:, head.n_latent :])
         probabilities = head.log_probabilities(features).exp().cpu().numpy()

@@ -84,7 +84,7 @@ class DenoisingMixin:
         adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
         manager = self.get_anndata_manager(adata, required=True)  # type: ignore[attr-defined]
         genes, names = self._genes(manager, gene_list)  # type: ignore[attr-defined]
-        rows = self._rows(adata.n_obs, indices)  # type: ignore[attr-defined]
+        rows = self._rows(adata.obs_names, indices)  # type: ignore[attr-defined]
         parts = [np.zeros((0, len(names)), np.float32)]
         with fixed_draws():
             for tensors in self._make_data_loader(adata, rows, batch_size):  # type: ignore[attr-defined]

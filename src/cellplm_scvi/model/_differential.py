@@ -85,7 +85,7 @@ class DifferentialMixin:
                 f"{len(unknown):,} genes of this AnnData are unknown to the model ({some(unknown)}). Leave them out: "
                 "`adata[:, adata.var_names.isin(model.adata.var_names)].copy()`."
             )
-        rows_of = partial(self._rows, adata.n_obs)  # type: ignore[attr-defined]
+        rows_of = partial(self._rows, adata.obs_names)  # type: ignore[attr-defined]
         comparisons = list(_comparisons(pd.DataFrame(adata.obs), rows_of, groupby, group1, group2, idx1, idx2))
 
         def representation(_: object, indices: np.ndarray) -> np.ndarray:
@@ -148,7 +148,7 @@ class _Comparison:
 
 def _comparisons(
     obs: pd.DataFrame,
-    rows_of: Callable[[np.ndarray], np.ndarray],
+    rows_of: Callable[[np.ndarray | pd.Series], np.ndarray],
     groupby: str | None,
     group1: Any,
     group2: Any,
@@ -163,7 +163,7 @@ def _comparisons(
             cells = obs.assign(**{ROW: np.arange(len(obs))}).query(cells)[ROW]
         mask = np.zeros(len(obs), dtype=bool)
         try:
-            mask[rows_of(np.asarray(cells).ravel())] = True
+            mask[rows_of(cells if isinstance(cells, pd.Series) else np.asarray(cells).ravel())] = True
         except (IndexError, TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from None
         return mask

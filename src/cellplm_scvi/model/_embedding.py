@@ -15,7 +15,7 @@ from scvi import settings
 
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import AnnOrMuData
-from cellplm_scvi.data._checks import check_sizes, warn
+from cellplm_scvi.data._checks import check_sizes, some, warn
 from cellplm_scvi.data._loader import CellDataset, CellLoader, RowSampler, SpatialInputs, whole_sample_loader
 from cellplm_scvi.data._streaming import InferenceLoader
 from cellplm_scvi.data._table import CellTable
@@ -36,6 +36,11 @@ Precision = Literal["32-true", "bf16-mixed"]
 
 
 _draws_are_fixed: ContextVar[bool] = ContextVar("draws_are_fixed", default=False)
+
+
+def _is_positional(index: pd.Index, names: pd.Index | np.ndarray) -> bool:
+    """Whether what has this index may be read by position: it has the cells' names in their order, or none."""
+    return isinstance(index, pd.RangeIndex) or np.array_equal(index, names)
 
 
 @contextmanager
@@ -71,14 +76,20 @@ class EmbeddingMixin:
         """What the encoder takes of positions."""
         raise NotImplementedError
 
-    def _rows(self, n_cells: int, indices: Sequence[int] | np.ndarray | None) -> np.ndarray:
-        """Row numbers from a list of rows or a boolean mask."""
+    def _rows(self, names: pd.Index | np.ndarray, indices: Sequence[int] | np.ndarray | pd.Series | None) -> np.ndarray:
+        """Row numbers from a list of rows or a boolean mask, of cells with these names."""
+        n_cells = len(names)
         if indices is None:
             return np.arange(n_cells)
         rows = np.asarray(indices)
         if rows.dtype == bool:
             if rows.shape != (n_cells,):
                 raise ValueError(f"indices is a mask of shape {rows.shape}; the AnnData has {n_cells:,} cells.")
+            if isinstance(indices, pd.Series) and not _is_positional(indices.index, names):
+                raise ValueError(
+                    f"indices is a mask whose index ({some(indices.index)}) is not that of the cells in their order "
+                    f"({some(names)}): a mask is read by position. Pass `mask.loc[adata.obs_names]`."
+                )
             return np.flatnonzero(rows)
         if rows.size == 0:
             return np.empty(0, dtype=np.int64)
@@ -172,7 +183,7 @@ class EmbeddingMixin:
         if batch_size is not None:
             check_sizes(batch_size=batch_size)
         table = self._table(adata)
-        rows = self._rows(table.n_cells, indices)
+        rows = self._rows(table.names, indices)
         moments = self._moments(table, rows, None)
         if shuffle:
             rows = np.random.default_rng(settings.seed).permutation(rows)
@@ -238,7 +249,7 @@ class EmbeddingMixin:
         else:
             adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
             table = self._table(adata)
-            rows = self._rows(table.n_cells, indices)
+            rows = self._rows(table.names, indices)
             mean_only = give_mean and not return_dist
             # without indices, the result is the array that was filled, not a copy
             mean, variance = (
@@ -324,6 +335,6 @@ class EmbeddingMixin:
             probabilities = latent.responsibilities(z).cpu().numpy()
         return pd.DataFrame(
             probabilities,
-            index=adata.obs_names[self._rows(adata.n_obs, indices)],
+            index=adata.obs_names[self._rows(adata.obs_names, indices)],
             columns=[f"component_{k}" for k in range(latent.n_components)],
         )

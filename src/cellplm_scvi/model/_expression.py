@@ -15,7 +15,7 @@ from torch import Tensor
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import AnnOrMuData
 from cellplm_scvi.data._categories import CovariateField, as_text
-from cellplm_scvi.data._checks import check_library_size, check_sizes, some
+from cellplm_scvi.data._checks import as_names, check_library_size, check_sizes, some
 from cellplm_scvi.data._vocabulary import gene_columns
 from cellplm_scvi.model._embedding import fixed_draws
 
@@ -96,7 +96,7 @@ class ExpressionMixin(RNASeqMixin, VAEMixin):
         adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
         manager = self.get_anndata_manager(adata, required=True)  # type: ignore[attr-defined]
         genes, names = self._genes(manager, gene_list)
-        rows = self._rows(adata.n_obs, indices)  # type: ignore[attr-defined]
+        rows = self._rows(adata.obs_names, indices)  # type: ignore[attr-defined]
         if n_samples_overall is not None:
             n_samples = n_samples_overall // max(rows.size, 1) + 1
         draw = n_samples > 1 or n_samples_overall is not None
@@ -136,7 +136,7 @@ class ExpressionMixin(RNASeqMixin, VAEMixin):
         known = columns >= 0
         names, columns = given[known], columns[known]
         if gene_list is not None:
-            gene_list = [gene_list] if isinstance(gene_list, str) else list(gene_list)
+            gene_list = as_names(gene_list)
             unknown = [gene for gene in gene_list if gene not in names]
             if unknown:
                 raise ValueError(f"gene_list has {len(unknown)} genes that are not known ({some(unknown)}).")
@@ -309,7 +309,7 @@ class ExpressionMixin(RNASeqMixin, VAEMixin):
         adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
         table = self._table(adata)  # type: ignore[attr-defined]
         library = table.totals if table.size_factor is None else table.size_factor
-        return library[self._rows(table.n_cells, indices)]  # type: ignore[attr-defined]
+        return library[self._rows(table.names, indices)]  # type: ignore[attr-defined]
 
 
 def _batch_codes(manager: Any, transform_batch: Sequence[str | float] | str | float | None) -> list[int | None]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import AnnOrMuData
-from cellplm_scvi.data._checks import check_library_size, check_sizes, some
+from cellplm_scvi.data._checks import as_names, check_library_size, check_sizes, some
 from cellplm_scvi.data._table import CellTable
 from cellplm_scvi.data._vocabulary import gene_columns
 from cellplm_scvi.model._embedding import fixed_draws
@@ -97,7 +97,7 @@ class ImputationMixin:
         self._check_if_trained(warn=False)  # type: ignore[attr-defined]
         adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
         columns, names = self._vocabulary(gene_list)
-        rows = self._rows(adata.n_obs, indices)  # type: ignore[attr-defined]
+        rows = self._rows(adata.obs_names, indices)  # type: ignore[attr-defined]
         if return_std and n_samples == 1:
             n_samples = 25
         table = self._table(adata)  # type: ignore[attr-defined]
@@ -215,7 +215,7 @@ class ImputationMixin:
         genes = pd.Index(state["column_names"])
         if gene_list is None:
             return np.arange(len(genes)), genes
-        wanted = pd.Index([gene_list] if isinstance(gene_list, str) else list(gene_list))
+        wanted = pd.Index(as_names(gene_list))
         columns = genes.get_indexer(wanted)
         columns[columns < 0] = gene_columns(state, wanted[columns < 0])
         if (columns < 0).any():

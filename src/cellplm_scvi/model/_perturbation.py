@@ -127,7 +127,7 @@ class PerturbationMixin(PerturbationTrainingMixin):
         adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
         genes, names = self._genes(self.get_anndata_manager(adata, required=True), gene_list)  # type: ignore[attr-defined]
         control = self._is_control(adata)
-        rows = np.flatnonzero(control) if indices is None else self._rows(adata.n_obs, indices)  # type: ignore[attr-defined]
+        rows = np.flatnonzero(control) if indices is None else self._rows(adata.obs_names, indices)  # type: ignore[attr-defined]
         if rows.size == 0:
             raise ValueError(f'There is no control cell (control_category="{self._control}") to predict from.')
         if not control[rows].all():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -101,6 +102,7 @@ class CellPLMTrainingPlan(TrainingPlan):
         # what scvi-tools' plan does not know, it passes to the loss, which would complain at the first step
         if unknown := [name for name in self.loss_kwargs if name not in signature(module.loss).parameters]:
             raise TypeError(f"plan_kwargs has {some(unknown)}, which the training plan does not take.")
+        self._logged: tuple[Any, ...] = ()
         self.warmup = warmup
         self.final_lr = final_lr
         for name, share in (("warmup", warmup), ("final_lr", final_lr)):
@@ -125,7 +127,7 @@ class CellPLMTrainingPlan(TrainingPlan):
 
     def training_step(self, batch: Minibatch, batch_idx: int) -> torch.Tensor:
         """One step on a minibatch."""
-        self._n_cells = batch["library"].shape[0]
+        self._n_cells, self._is_first = batch["library"].shape[0], batch_idx == 0
         loss = super().training_step(batch, batch_idx)
         self._loss = loss.detach()
         return loss
@@ -139,11 +141,22 @@ class CellPLMTrainingPlan(TrainingPlan):
     def validation_step(self, batch: Minibatch, batch_idx: int) -> None:
         """Losses of one minibatch of validation cells."""
         self._n_cells = int(batch["target"].sum()) if "target" in batch else batch["library"].shape[0]
+        self._is_first = batch_idx == 0
         super().validation_step(batch, batch_idx)
 
     def log(self, name: str, value: Any, **kwargs: Any) -> None:
         """Log a value as the mean over the cells of the minibatch, which Lightning cannot tell from sparse counts."""
         super().log(name, value, **{"batch_size": self._n_cells, **kwargs})
+
+    def log_dict(self, dictionary: Mapping[str, Any], **kwargs: Any) -> None:
+        """Log metrics, which add up by themselves what they are updated with, at the first minibatch of an epoch.
+
+        To log the four of them takes Lightning as long as an encoder takes for a small minibatch.
+        """
+        now = (self.current_epoch, *dictionary)
+        if self.on_step or self._is_first or now != self._logged:  # the last: resumed in the middle of an epoch
+            self._logged = now
+            super().log_dict(dictionary, **kwargs)
 
     def compute_and_log_metrics(self, loss_output: LossOutput, metrics: dict[str, Any], mode: str) -> None:
         """Log what scvi-tools logs, and further losses of the module.
