@@ -268,8 +268,8 @@ class CellPLMAnnotator(CellPLM):
         split = {"external_indexing": [rest, test]}
         if max_epochs is None:
             splitter = self._splitter(None, None, True, kwargs.get("batch_size"), split)
-            max_epochs = default_max_epochs(splitter.n_train, splitter.n_batches)
-            max_epochs = max(1, max_epochs // 4) if self.is_trained_ else max_epochs
+            steps = {"n_steps": 600} if self.is_trained_ else {}
+            max_epochs = default_max_epochs(splitter.n_train, splitter.n_batches, **steps)
         self.history_ = {}
         options = {"freeze": None, **kwargs, "datasplitter_kwargs": {**further, **split}}
         try:

@@ -32,10 +32,9 @@ def default_batch_size(n_cells: int, *, spatial: bool) -> int:
     return min(high, max(low, 1 << round(math.log2(max(n_cells, 24) / 24))))
 
 
-def default_max_epochs(n_cells: int, n_batches: int) -> int:
-    """Epochs: 2,400 optimiser steps up to 10,000 cells, from there growing with the square root; at most 400."""
-    n_steps = 2_400 * max(1.0, n_cells / 10_000) ** 0.5
-    return max(1, min(400, math.ceil(n_steps / max(n_batches, 1))))
+def default_max_epochs(n_cells: int, n_batches: int, n_steps: int = 4_800) -> int:
+    """Epochs: ``n_steps`` optimiser steps up to 40,000 cells, from there growing with the square root; at most 400."""
+    return max(1, min(400, math.ceil(n_steps * max(1.0, n_cells / 40_000) ** 0.5 / max(n_batches, 1))))
 
 
 def default_inference_batch_size(n_hidden: int, device_type: str) -> int:
