@@ -175,8 +175,8 @@ class CellPLMAnnotator(CellPLM):
         Parameters
         ----------
         max_epochs
-            Of training the network; ``None``: of fine-tuning, a quarter of what :meth:`CellPLM.train` would take, or all of it
-            if the network is not trained yet.
+            Of training the network; ``None``: of fine-tuning, for an eighth of the optimiser steps that
+            :meth:`CellPLM.train` would take, or for all of them if the network is not trained yet.
         fine_tune
             ``True``: first train the whole network on the labels beside its usual objective, with all cells, labelled or
             not. A share of the labelled cells takes no part in that, and is what the head is chosen and calibrated on.

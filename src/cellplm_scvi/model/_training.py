@@ -81,7 +81,8 @@ class TrainingMixin:
         Parameters
         ----------
         max_epochs
-            Passes over the data; ``None``: from their number, so that small data get enough optimiser steps.
+            Passes over the data; ``None``: as many as make 4,800 optimiser steps for up to 40,000 cells, more for more cells, and
+            400 at most.
         %(param_accelerator)s
         %(param_devices)s
         train_size, validation_size
