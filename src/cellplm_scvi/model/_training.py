@@ -82,7 +82,7 @@ class TrainingMixin:
         ----------
         max_epochs
             Passes over the data; ``None``: as many as make 4,800 optimiser steps for up to 40,000 cells, more for more cells, and
-            400 at most.
+            at most 300, or 400 where that is less than 2,400 steps.
         %(param_accelerator)s
         %(param_devices)s
         train_size, validation_size
