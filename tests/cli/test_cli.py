@@ -356,6 +356,33 @@ def test_batches_are_aligned_on_disk_as_in_memory_until_a_corpus_is_trained_on(c
     )
 
 
+@pytest.mark.parametrize("kind", [int, float, bool, str])
+def test_batches_of_a_file_are_those_of_the_model_whatever_their_type(make_tissues, tmp_path, kind):
+    adata = make_tissues(120, 30, 4)
+    adata.obs["batch"] = adata.obs["batch"].cat.codes.astype(kind)
+    CellPLM.setup_anndata(adata, batch_key="batch", sample_key="sample")
+    model = CellPLM(adata, **NETWORK)
+    model.train(1, accelerator="cpu", devices=1, enable_progress_bar=False)
+    z = model.get_latent_representation()
+    assert np.abs(z - model.get_latent_representation(align_batches=False)).max() > 1e-3
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    keys = {"batch_key": "batch", "sample_key": "sample", "progress": False}
+    found = ad.read_zarr(embed(model, tmp_path / "a.h5ad", tmp_path / "z.zarr", **keys))
+    np.testing.assert_allclose(found[adata.obs_names].X, z, atol=1e-4)
+
+
+def test_the_name_of_a_file_is_no_batch(make_tissues, tmp_path):
+    adata = make_tissues(120, 30, 4)
+    CellPLM.setup_anndata(adata, batch_key="batch", sample_key="sample")
+    model = CellPLM(adata, **NETWORK)
+    model.train(1, accelerator="cpu", devices=1, enable_progress_bar=False)
+    adata.write_h5ad(tmp_path / "batch0.h5ad")
+    with pytest.warns(UserWarning, match="The corpus has no batch: its cells get the mean batch code"):
+        path = embed(model, tmp_path / "batch0.h5ad", tmp_path / "z.zarr", sample_key="sample", progress=False)
+    plain = model.get_latent_representation(align_batches=False)
+    np.testing.assert_allclose(ad.read_zarr(path)[adata.obs_names].X, plain, atol=1e-4)
+
+
 def test_what_a_model_misses_in_a_file_is_said(model, sections, tmp_path, recwarn):
     few = sections[:, :20].copy()
     few.var_names = [*few.var_names[:10], *(f"other{n}" for n in range(10))]
@@ -366,7 +393,7 @@ def test_what_a_model_misses_in_a_file_is_said(model, sections, tmp_path, recwar
     for part in (
         "10 of the 20 genes of .*few.h5ad are unknown to the model",
         "20 of the model's 30 genes are not in the corpus .*results may be poor",
-        r'has 1 batch category that the model has not seen \("few"\): their cells get the mean batch code',
+        "The corpus has no batch: its cells get the mean batch code",
         "The corpus has no coordinates",
         "few.h5ad is treated as one sample",
     ):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Callback
+from scvi.train import SaveCheckpoint
 
 from cellplm_scvi import CellPLM
 from cellplm_scvi.module import _module
@@ -98,3 +102,63 @@ def test_very_many_batches_are_not_aligned(make_tissues, build, train, monkeypat
     np.testing.assert_array_equal(
         model.get_latent_representation(), model.get_latent_representation(align_batches=False)
     )
+
+
+class Interrupted(Callback):
+    def on_train_epoch_end(self, *args: object) -> None:
+        raise RuntimeError("enough")
+
+
+def test_an_interrupted_training_leaves_none_and_it_can_be_fitted_afterwards(make_tissues, build, train):
+    """That of the training before does not fit the weights any more."""
+    model = train(build(make_tissues(180, 30, 4)))
+    with pytest.raises(RuntimeError, match="enough"):
+        train(model, callbacks=[Interrupted()])
+    plain = model.get_latent_representation(align_batches=False)
+    np.testing.assert_array_equal(model.get_latent_representation(), plain)
+    model.align_batches()
+    assert np.abs(model.get_latent_representation() - plain).max() > 1e-3
+
+
+def test_a_checkpoint_is_aligned_as_the_model_that_has_its_weights(make_tissues, build, train, tmp_path):
+    model = build(make_tissues(180, 30, 4))
+    for folder in ("first", "second"):
+        saving = SaveCheckpoint(str(tmp_path / folder), monitor="elbo_validation", load_best_on_end=True)
+        train(model, callbacks=[saving], check_val_every_n_epoch=1, enable_checkpointing=True)
+        (path,) = Path(tmp_path / folder).iterdir()
+        loaded = CellPLM.load(str(path), model.adata.copy(), accelerator="cpu")
+        plain = loaded.get_latent_representation(align_batches=False)
+        np.testing.assert_array_equal(loaded.get_latent_representation(), plain)
+        np.testing.assert_array_equal(plain, model.get_latent_representation(align_batches=False))
+        loaded.align_batches()
+        np.testing.assert_allclose(loaded.get_latent_representation(), model.get_latent_representation(), atol=1e-5)
+
+
+def test_batches_that_are_not_in_the_data_of_further_training_are_named(make_tissues, build, train):
+    adata = make_tissues(180, 30, 4)
+    model = train(build(adata))
+    part = adata[adata.obs["batch"] == "batch0"].copy()
+    further = CellPLM.from_pretrained(model, part, accelerator="cpu")
+    with pytest.warns(UserWarning, match='"batch0", "batch1" were aligned and now stay'):
+        train(further)
+    z = further.get_latent_representation(adata.copy())
+    np.testing.assert_array_equal(z, further.get_latent_representation(adata.copy(), align_batches=False))
+
+
+def test_batches_added_to_a_model_of_one_are_aligned(make_tissues, build, train, tmp_path):
+    adata = make_tissues(180, 30, 4)
+    model = train(build(adata[adata.obs["batch"] == "batch0"].copy()))
+    grown = train(CellPLM.from_pretrained(model, adata.copy(), new_categories="add", accelerator="cpu"))
+    z = grown.get_latent_representation()
+    assert np.abs(z - grown.get_latent_representation(align_batches=False)).max() > 1e-3
+    grown.save(str(tmp_path / "grown"))
+    again = CellPLM.load(str(tmp_path / "grown"), adata.copy(), accelerator="cpu")
+    np.testing.assert_array_equal(again.get_latent_representation(), z)
+
+
+def test_what_cannot_be_aligned(make_tissues, build, train, model, tmp_path):
+    with pytest.raises(ValueError, match="no batches to align"):
+        train(build(make_tissues(), {"sample_key": "sample", "batch_key": None})).align_batches()
+    model.save(str(tmp_path / "model"))
+    with pytest.raises(ValueError, match="no AnnData whose batches"):
+        CellPLM.load(str(tmp_path / "model"), adata=False, accelerator="cpu").align_batches()

@@ -136,7 +136,6 @@ def test_samples_must_have_cells(cells):
         ({"sample_key": None}, ValueError, 'Name the column .* `sample_key=`: one of "cell_type", "batch", "sample"'),
         ({"sample_key": "nope"}, KeyError, 'sample_key="nope" is not a column of adata.obs, which has "cell_type"'),
         ({"num_cells_posterior": 0}, ValueError, "num_cells_posterior=0 must be a positive whole number"),
-        ({"dataloader": []}, ValueError, "`dataloader` is for a model without an AnnData"),
     ],
 )
 def test_arguments_that_make_no_sense(cells, asked, error, message):

@@ -18,6 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from cellplm_scvi import _constants as c
+from cellplm_scvi.data._categories import ABSENT
 from cellplm_scvi.data._checks import check_sizes, some, warn
 from cellplm_scvi.data._corpus import MANIFEST, Corpus
 from cellplm_scvi.data._corpus_build import build_corpus
@@ -119,6 +120,9 @@ def embed(
         corpus = given
         if isinstance(corpus, Source):
             corpus = build_corpus(corpus, work / CORPUS, genes=genes, progress=progress)
+            # what no column says has the name of the file, which may be that of a batch of the model
+            unnamed = [name for name in (c.BATCH_KEY, c.DATASET_KEY) if getattr(given, f"{name}_key") is None]
+            corpus.categories |= dict.fromkeys(unnamed, [ABSENT])
         data = CorpusDataModule(corpus, validation=0.0, num_workers=num_workers)
         _embed_rows(network, data, work, batch_size, progress, by_source=by_source)
         _write_result(corpus, work, by_source=by_source)

@@ -20,6 +20,7 @@ from mudata import MuData
 from cellplm_scvi._compat import CSCDataset
 from cellplm_scvi.genes._tables import Organism
 
+from ._categories import as_text
 from ._checks import CHUNK_ROWS, as_csr, check_column, check_coordinates, check_names, check_no_missing, some, warn
 from ._fields import MeasuredGenesField, SizeFactorField
 
@@ -331,7 +332,10 @@ def _columns(source: Source, adata: ad.AnnData) -> pd.DataFrame:
         values = check_column(adata, key, f"{name}_key")
         check_no_missing(values, key)
         # categories without a cell get no code, which no cell could train
-        return pd.Categorical(values.astype(str))
+        values = values.astype("category")
+        return pd.Categorical(
+            np.array([as_text(name) for name in values.cat.categories], dtype=object)[values.cat.codes]
+        )
 
     batch = column("batch", source.name)
     return pd.DataFrame(

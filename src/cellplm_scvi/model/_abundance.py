@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,10 +16,7 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Nor
 from cellplm_scvi._compat import AnnOrMuData
 from cellplm_scvi.data._checks import check_column, check_no_missing, check_sizes, some, warn
 
-from ._differential import fixed_numpy_draws
-
 if TYPE_CHECKING:
-    from cellplm_scvi._typing import Minibatch
     from cellplm_scvi.data._table import CellTable
     from cellplm_scvi.module import CellPLMModule
 
@@ -70,14 +67,14 @@ class AbundanceMixin(VAEMixin):
         batch_size: int = 128,
         num_cells_posterior: int | None = None,
         dof: float | None = None,
-        dataloader: Iterable[Minibatch] | None = None,
-    ) -> pd.DataFrame | None:
+    ) -> None:
         """Log probability of each cell's embedding among the cells of each sample (Boyeau et al. 2025), as in scvi-tools.
 
         Parameters
         ----------
         adata
-            AnnData whose cells make up the samples; ``None`` is the one that the model was built with.
+            AnnData whose cells make up the samples (of a corpus, its ``to_anndata()``); ``None`` is the one that the model was
+            built with.
         adata_sub
             AnnData with the cells to tell of; ``None`` is ``adata``. Where they all are cells of ``adata``, by name and number
             of counts, they are embedded in its company. Otherwise the rest of their samples cannot be known: they have each
@@ -90,13 +87,10 @@ class AbundanceMixin(VAEMixin):
             Most cells of a sample that stand for it, drawn at random by ``scvi.settings.seed``; ``None`` is all.
         dof
             As in :meth:`get_aggregated_posterior`.
-        dataloader
-            Minibatches instead of ``adata``, for a model without one, as in scvi-tools.
 
         Returns
         -------
         Nothing: ``adata_sub.obsm["da_log_probs"]`` becomes a DataFrame, (n_cells, n_samples), rows named by ``obs_names``.
-        With ``dataloader``, such a table is returned.
 
         Raises
         ------
@@ -110,16 +104,6 @@ class AbundanceMixin(VAEMixin):
             batch_size=batch_size,
             **({} if num_cells_posterior is None else {"num_cells_posterior": num_cells_posterior}),
         )
-        if dataloader is not None:
-            if any(data is not None for data in (adata, adata_sub, self.adata)):
-                raise ValueError("`dataloader` is for a model without an AnnData. Pass either that or `adata`.")
-            with fixed_numpy_draws():
-                return super().differential_abundance(
-                    sample_key=sample_key,
-                    batch_size=batch_size,
-                    num_cells_posterior=num_cells_posterior,
-                    dataloader=dataloader,
-                )
         adata = self._validate_anndata(adata)
         part = adata if adata_sub is None else self._validate_anndata(adata_sub)
         samples, asked = _samples(adata, sample_key), list(_samples(part, sample_key).unique())
@@ -142,7 +126,6 @@ class AbundanceMixin(VAEMixin):
             found = [posterior.log_prob(cells.to(self.module.device)).cpu() for cells in z.split(batch_size)]
             log_probs[name] = torch.cat(found).numpy()
         part.obsm["da_log_probs"] = pd.DataFrame(log_probs, index=part.obs_names)
-        return None
 
     def _mixture(self, mean: np.ndarray, variance: np.ndarray, dof: float | None) -> MixtureSameFamily:
         """Mixture of distributions with these moments, each (n_cells, n_latent)."""

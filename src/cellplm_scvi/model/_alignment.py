@@ -32,7 +32,7 @@ FAR = 1e6
 
 @torch.inference_mode()
 def fit_alignment(model: CellPLM, table: CellTable | None) -> None:
-    """Fit the alignment of a trained model to the cells that it was trained on; without these, take it away."""
+    """Fit the alignment of a trained model to cells; without these, take it away."""
     alignment = model.module.alignment
     if alignment is None:
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -94,7 +94,10 @@ class EmbeddingMixin:
         if rows.size == 0:
             return np.empty(0, dtype=np.int64)
         if rows.ndim != 1 or rows.dtype.kind not in "iu":
-            raise TypeError("indices must be row numbers, one a cell, or a boolean mask; for names use `adata[names]`.")
+            raise TypeError(
+                f"indices must be row numbers, one a cell, or a boolean mask, and is an array of {rows.dtype} of {rows.ndim} "
+                "dimensions; for names use `adata[names]`."
+            )
         if rows.min() < -n_cells or rows.max() >= n_cells:
             raise IndexError(f"indices go from {rows.min()} to {rows.max()}; the AnnData has {n_cells:,} cells.")
         rows = rows.astype(np.int64)  # first: small types cannot hold the sum
@@ -245,6 +248,8 @@ class EmbeddingMixin:
         if dataloader is not None:
             if adata is not None or indices is not None:
                 raise ValueError("Pass either `dataloader` or `adata` and `indices`.")
+            if isinstance(dataloader, Sized) and len(dataloader) == 0:
+                raise ValueError("The dataloader has no minibatch.")
             mean, variance = self._moments_of(dataloader, precision, align_batches)
         else:
             adata = self._validate_anndata(adata)  # type: ignore[attr-defined]

@@ -228,6 +228,7 @@ class ExpressionMixin(RNASeqMixin, VAEMixin):
         -------
         (n_cells, n_genes), or (n_cells, n_genes, n_samples) for more than one sample.
         """
+        _check_some_cells(adata, indices)
         adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
         genes, _names = self._genes(self.get_anndata_manager(adata, required=True), None)  # type: ignore[attr-defined]
         draws = []

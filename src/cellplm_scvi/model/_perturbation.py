@@ -105,6 +105,8 @@ class PerturbationMixin(PerturbationTrainingMixin):
         if perturbations is None:
             perturbations = self._perturbation["elements"]  # type: ignore[index]
         asked = [perturbations] if isinstance(perturbations, str) else list(perturbations)
+        if not asked:
+            raise ValueError("perturbations names none.")
         resolved = [self._resolve(name) for name in asked]
         total = torch.zeros(1 + len(asked), len(names))
         measured = torch.zeros(len(names), dtype=torch.bool)
@@ -128,6 +130,8 @@ class PerturbationMixin(PerturbationTrainingMixin):
         genes, names = self._genes(self.get_anndata_manager(adata, required=True), gene_list)  # type: ignore[attr-defined]
         control = self._is_control(adata)
         rows = np.flatnonzero(control) if indices is None else self._rows(adata.obs_names, indices)  # type: ignore[attr-defined]
+        if rows.size == 0 and indices is not None:
+            raise ValueError("indices asks for no cell.")
         if rows.size == 0:
             raise ValueError(f'There is no control cell (control_category="{self._control}") to predict from.')
         if not control[rows].all():

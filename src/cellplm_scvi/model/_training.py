@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from scvi.train import TrainRunner
 
+from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import devices_dsp
+from cellplm_scvi.data._categories import CovariateField
 from cellplm_scvi.data._checks import check_sizes, some, warn
 from cellplm_scvi.data._splitter import SampleSplitter
 from cellplm_scvi.data._streaming import CorpusDataModule
+from cellplm_scvi.data._table import CellTable
 from cellplm_scvi.module import PublishedModule
 from cellplm_scvi.nn import MixtureLatent
 from cellplm_scvi.train import (
@@ -165,6 +168,9 @@ class TrainingMixin:
             callbacks.append(PlaceMixtureComponents(epoch=max_epochs // 3, step=step))
         if "strategy" in trainer_kwargs:
             trainer_kwargs["strategy"] = strategy_of(trainer_kwargs["strategy"])
+        # else embeddings stay what they are
+        changes = freeze not in ("backbone", "reference")
+        moved = self._take_alignment_away() if changes else []
         sharding = whole_afterwards(self, trainer_kwargs.get("strategy"))
         with sharding, frozen(self.module, freeze), self._history_kept(), self._compiled_at_most_here():
             if starts and isinstance(data, SampleSplitter):
@@ -184,8 +190,52 @@ class TrainingMixin:
                 **({"use_distributed_sampler": False} if isinstance(data, CorpusDataModule | SampleSplitter) else {}),
                 **{"gradient_clip_val": 1.0, **trainer_kwargs},
             )()
-        if freeze not in ("backbone", "reference"):  # else embeddings are what they were
+        if changes:
             fit_alignment(self, data.table if isinstance(data, SampleSplitter) else None)  # type: ignore[arg-type]
+            self._report_alignment(moved)
+
+    def align_batches(self) -> None:
+        """Align the batches of the model's AnnData anew.
+
+        :meth:`train` ends with it. Call it for a model that has not come to this end: one that was loaded from a checkpoint
+        of a training or whose training was interrupted, or after training on a corpus, with an AnnData of some of its cells.
+
+        Raises
+        ------
+        ValueError
+            If the model has no AnnData, or nothing that could be aligned: one batch, or a published network.
+        """
+        self._check_if_trained(warn=False)  # type: ignore[attr-defined]
+        if self.adata is None:  # type: ignore[attr-defined]
+            raise ValueError("The model has no AnnData whose batches could be aligned: load it with one.")
+        if self.module.alignment is None:
+            raise ValueError(
+                "The model has no batches to align: it knows one batch_key category alone, or a great many, or it is a "
+                "published network."
+            )
+        moved = self._take_alignment_away()
+        fit_alignment(self, CellTable.from_manager(self.adata_manager))  # type: ignore[arg-type, attr-defined]
+        self._report_alignment(moved)
+
+    def _take_alignment_away(self) -> list[int]:
+        """Let no batch be moved; returns the codes of those that were."""
+        if self.module.alignment is None:
+            return []
+        moved = self.module.alignment.moved_batches.tolist()
+        self.module.alignment.reset()
+        return moved
+
+    def _report_alignment(self, moved: list[int]) -> None:
+        """Say which of the batches that were moved before are not any more."""
+        now = [] if self.module.alignment is None else self.module.alignment.moved_batches.tolist()
+        if lost := [code for code in moved if code not in now]:
+            state = self.registry_["field_registries"][c.BATCH_KEY]["state_registry"]  # type: ignore[attr-defined]
+            names = [state[CovariateField.CATEGORICAL_MAPPING_KEY][code] for code in lost]
+            warn(
+                f"Batches are aligned where cells of them are in the data: {some(names)} {'were' if len(names) > 1 else 'was'} "
+                "aligned and now stay where the encoder puts them. Training on all batches together, or align_batches() of a "
+                "model loaded with all of them, aligns all."
+            )
 
     def _plan_defaults(
         self, max_epochs: int, freeze: Freeze | None, n_steps: int | None, given: Mapping[str, Any]

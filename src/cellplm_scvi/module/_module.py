@@ -122,11 +122,8 @@ class CellPLMModule(BaseModuleClass):
         self.decoder = BatchAwareDecoder(
             n_latent, n_hidden, n_decoder_layers, n_genes, covariates, dropout_rate, gene_shares, rest
         )
-        n_batches = covariates.get("batch", 1)
         #: where the embedding of each batch is moved to, once that is fitted
-        self.alignment = (
-            BatchAlignment(n_batches, n_latent) if n_batches > 1 and n_batches * n_latent <= MAX_ALIGNED else None
-        )
+        self.alignment = _alignment_of(covariates.get("batch", 1), n_latent)
         self.niche = (
             NicheDecoder(n_latent, n_hidden, n_genes, covariates, gene_shares) if local and niche_weight > 0 else None
         )
@@ -161,8 +158,11 @@ class CellPLMModule(BaseModuleClass):
         for covariate, (n_known, n_added) in sizes.items():
             for decoder in self.decoders:
                 decoder.add_categories(covariate, n_known, n_added)
-        if self.alignment is not None and "batch" in sizes:
-            self.alignment.add_batches(sizes["batch"][1])
+        if "batch" in sizes:
+            if self.alignment is not None:
+                self.alignment.add_batches(sizes["batch"][1])
+            elif (added := _alignment_of(sum(sizes["batch"]), self.latent.mean.out_features)) is not None:
+                self.alignment = added.to(self.latent.mean.weight.device)
         self.last_added = tuple(sizes)
 
     def newest_codes(self) -> list[nn.Parameter]:
@@ -336,6 +336,11 @@ class CellPLMModule(BaseModuleClass):
         )
         draws = outputs["px"].sample()
         return (draws if n_samples == 1 else draws.permute(1, 2, 0)).cpu()
+
+
+def _alignment_of(n_batches: int, n_latent: int) -> BatchAlignment | None:
+    """What aligns so many batches, if there are several, and not so many that it would be too large."""
+    return BatchAlignment(n_batches, n_latent) if n_batches > 1 and n_batches * n_latent <= MAX_ALIGNED else None
 
 
 class NicheDecoder(nn.Module):

@@ -61,6 +61,11 @@ class BatchAlignment(nn.Module):
         """Whether there is anything to do."""
         return bool((self.scale > 0).all())
 
+    @property
+    def moved_batches(self) -> Tensor:
+        """Codes of the batches that are moved, (n_moved,)."""
+        return self.displacement.abs().sum((0, 2, 3)).nonzero()[:, 0]
+
     def reset(self) -> None:
         """Let all cells stay where they are."""
         for buffer in (self.scale, self.centre, self.displacement):
