@@ -309,15 +309,20 @@ def test_every_parameter_is_in_one_group(sections, build, train):
     assert len({id(p) for p in grouped}) == len(grouped) == len(list(model.module.parameters()))
 
 
-def test_the_default_number_of_epochs_gives_small_data_many_steps():
-    from cellplm_scvi.model._defaults import default_batch_size, default_max_epochs
+@pytest.mark.parametrize("spatial", [False, True])
+def test_the_default_number_of_epochs_gives_small_data_many_steps(spatial):
+    from cellplm_scvi.model._defaults import default_batch_size, default_max_epochs, default_n_steps
 
+    before = 0
     for n_cells in (100, 1_000, 10_000, 100_000, 1_000_000):
-        size = default_batch_size(n_cells, spatial=False)
+        size = default_batch_size(n_cells, spatial=spatial)
         assert size & (size - 1) == 0
-        steps = default_max_epochs(n_cells, -(-n_cells // size)) * -(-n_cells // size)
-        assert steps >= 300
-    assert default_max_epochs(1_000_000, 2000) < default_max_epochs(10_000, 40)
+        n_batches = -(-n_cells // size)
+        epochs = default_max_epochs(n_cells, n_batches, default_n_steps(spatial=spatial))
+        assert 1 <= epochs <= 400
+        assert epochs * n_batches >= max(300, before)
+        before = epochs * n_batches
+    assert before > 2 * default_n_steps(spatial=spatial)
 
 
 def test_workers(tissues, build, train):

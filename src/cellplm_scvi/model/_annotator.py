@@ -25,7 +25,7 @@ from cellplm_scvi.nn._annotation import N_QUANTILES
 
 from ._annotation_fit import fit_head, held_out_distances, hold_out, make_folds, within_class_whitening
 from ._cellplm import CellPLM
-from ._defaults import default_max_epochs, sizes_of
+from ._defaults import default_max_epochs, default_n_steps, sizes_of
 from ._registry import part_of
 
 if TYPE_CHECKING:
@@ -175,8 +175,8 @@ class CellPLMAnnotator(CellPLM):
         Parameters
         ----------
         max_epochs
-            Of training the network; ``None``: of fine-tuning, for an eighth of the optimiser steps that
-            :meth:`CellPLM.train` would take, or for all of them if the network is not trained yet.
+            Of training the network; ``None``: of fine-tuning, a quarter of what :meth:`CellPLM.train` takes for spatial data, or
+            all that it would take if the network is not trained yet.
         fine_tune
             ``True``: first train the whole network on the labels beside its usual objective, with all cells, labelled or
             not. A share of the labelled cells takes no part in that, and is what the head is chosen and calibrated on.
@@ -268,8 +268,9 @@ class CellPLMAnnotator(CellPLM):
         split = {"external_indexing": [rest, test]}
         if max_epochs is None:
             splitter = self._splitter(None, None, True, kwargs.get("batch_size"), split)
-            steps = {"n_steps": 600} if self.is_trained_ else {}
-            max_epochs = default_max_epochs(splitter.n_train, splitter.n_batches, **steps)
+            n_steps = default_n_steps(spatial=module.spatial or self.is_trained_)
+            max_epochs = default_max_epochs(splitter.n_train, splitter.n_batches, n_steps)
+            max_epochs = max(1, max_epochs // 4) if self.is_trained_ else max_epochs
         self.history_ = {}
         options = {"freeze": None, **kwargs, "datasplitter_kwargs": {**further, **split}}
         try:

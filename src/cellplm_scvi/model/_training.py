@@ -28,7 +28,7 @@ from cellplm_scvi.train import (
 )
 
 from ._alignment import fit_alignment
-from ._defaults import default_batch_size, default_max_epochs
+from ._defaults import default_batch_size, default_max_epochs, default_n_steps
 from ._extension import unknown_categories
 from ._start import start_decoders
 
@@ -84,8 +84,8 @@ class TrainingMixin:
         Parameters
         ----------
         max_epochs
-            Passes over the data; ``None``: as many as make 4,800 optimiser steps for up to 40,000 cells, more for more cells, and
-            at most 300, or 400 where that is less than 2,400 steps.
+            Passes over the data; ``None``: as many as make 4,800 optimiser steps (2,400 with coordinates), more for many cells, and
+            at most 300, or 400 where these are less than half the steps.
         %(param_accelerator)s
         %(param_devices)s
         train_size, validation_size
@@ -133,7 +133,7 @@ class TrainingMixin:
         if max_epochs is None:
             if not isinstance(data, SampleSplitter):
                 raise ValueError("Pass max_epochs together with datamodule.")
-            max_epochs = default_max_epochs(data.n_train, data.n_batches)
+            max_epochs = default_max_epochs(data.n_train, data.n_batches, default_n_steps(spatial=self.module.spatial))
         check_sizes(max_epochs=max_epochs)
         if (precision := str(trainer_kwargs.get("precision"))) in NOT_SINGLE:
             raise ValueError(
