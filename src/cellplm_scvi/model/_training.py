@@ -170,7 +170,7 @@ class TrainingMixin:
             trainer_kwargs["strategy"] = strategy_of(trainer_kwargs["strategy"])
         # else embeddings stay what they are
         changes = freeze not in ("backbone", "reference")
-        moved = self._take_alignment_away() if changes else []
+        moved = self._aligned_batches()
         sharding = whole_afterwards(self, trainer_kwargs.get("strategy"))
         with sharding, frozen(self.module, freeze), self._history_kept(), self._compiled_at_most_here():
             if starts and isinstance(data, SampleSplitter):
@@ -213,21 +213,17 @@ class TrainingMixin:
                 "The model has no batches to align: it knows one batch_key category alone, or a great many, or it is a "
                 "published network."
             )
-        moved = self._take_alignment_away()
+        moved = self._aligned_batches()
         fit_alignment(self, CellTable.from_manager(self.adata_manager))  # type: ignore[arg-type, attr-defined]
         self._report_alignment(moved)
 
-    def _take_alignment_away(self) -> list[int]:
-        """Let no batch be moved; returns the codes of those that were."""
-        if self.module.alignment is None:
-            return []
-        moved = self.module.alignment.moved_batches.tolist()
-        self.module.alignment.reset()
-        return moved
+    def _aligned_batches(self) -> list[int]:
+        """Codes of the batches that are moved."""
+        return [] if self.module.alignment is None else self.module.alignment.moved_batches.tolist()
 
     def _report_alignment(self, moved: list[int]) -> None:
         """Say which of the batches that were moved before are not any more."""
-        now = [] if self.module.alignment is None else self.module.alignment.moved_batches.tolist()
+        now = self._aligned_batches()
         if lost := [code for code in moved if code not in now]:
             state = self.registry_["field_registries"][c.BATCH_KEY]["state_registry"]  # type: ignore[attr-defined]
             names = [state[CovariateField.CATEGORICAL_MAPPING_KEY][code] for code in lost]
