@@ -109,15 +109,26 @@ class Interrupted(Callback):
         raise RuntimeError("enough")
 
 
-def test_an_interrupted_training_leaves_none_and_it_can_be_fitted_afterwards(make_tissues, build, train):
+@pytest.mark.parametrize("freeze", [None, "embedder", "encoder"])
+def test_an_interrupted_training_leaves_none_and_it_can_be_fitted_afterwards(make_tissues, build, train, freeze):
     """That of the training before does not fit the weights any more."""
     model = train(build(make_tissues(180, 30, 4)))
     with pytest.raises(RuntimeError, match="enough"):
-        train(model, callbacks=[Interrupted()])
+        train(model, callbacks=[Interrupted()], freeze=freeze)
     plain = model.get_latent_representation(align_batches=False)
     np.testing.assert_array_equal(model.get_latent_representation(), plain)
     model.align_batches()
     assert np.abs(model.get_latent_representation() - plain).max() > 1e-3
+
+
+def test_what_does_not_change_the_embedding_leaves_it(make_tissues, build, train):
+    model = train(build(make_tissues(180, 30, 4)))
+    z = model.get_latent_representation()
+    with pytest.raises(RuntimeError, match="enough"):
+        train(model, callbacks=[Interrupted()], freeze="backbone")
+    with pytest.raises(TypeError, match="nonsense"):
+        train(model, nonsense=1)
+    np.testing.assert_array_equal(model.get_latent_representation(), z)
 
 
 def test_a_checkpoint_is_aligned_as_the_model_that_has_its_weights(make_tissues, build, train, tmp_path):

@@ -382,6 +382,13 @@ def test_another_name_of_a_perturbed_gene_is_that_gene(adata):
     assert effect.loc["STAT1", "lfc_mean"].abs().max() > 0.1
 
 
+def test_nothing_to_predict_or_to_predict_from(model):
+    with pytest.raises(ValueError, match="perturbations names none"):
+        model.get_perturbation_effect([])
+    with pytest.raises(ValueError, match="indices asks for no cell"):
+        model.get_perturbation_effect(indices=[])
+
+
 def test_genes_that_no_control_cell_measured_have_no_effect(adata):
     copy = adata.copy()
     copy.obs["study"] = np.where(np.arange(copy.n_obs) % 2 == 0, "whole", "panel")

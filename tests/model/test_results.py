@@ -409,6 +409,8 @@ def test_a_loader_of_ones_own(model):
     np.testing.assert_array_equal(
         model.get_latent_representation(dataloader=loader), model.get_latent_representation(indices=ROWS)
     )
+    with pytest.raises(ValueError, match="The dataloader has no minibatch"):
+        model.get_latent_representation(dataloader=[])
     with pytest.raises(ValueError, match="Pass either `dataloader` or"):
         model.get_latent_representation(indices=ROWS, dataloader=loader)
 
@@ -429,7 +431,11 @@ def test_the_setup_is_shown(model, capsys):
 
 
 @pytest.mark.parametrize(
-    "method", ["get_elbo", "get_reconstruction_error", "posterior_predictive_sample", "get_likelihood_parameters"]
+    "method",
+    [
+        *("get_elbo", "get_reconstruction_error", "posterior_predictive_sample", "get_likelihood_parameters"),
+        "get_feature_correlation_matrix",
+    ],
 )
 def test_no_cell_has_no_mean(model, method):
     for nobody in ([], np.zeros(model.adata.n_obs, dtype=bool)):

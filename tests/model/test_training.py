@@ -311,18 +311,19 @@ def test_every_parameter_is_in_one_group(sections, build, train):
 
 @pytest.mark.parametrize("spatial", [False, True])
 def test_the_default_number_of_epochs_gives_small_data_many_steps(spatial):
-    from cellplm_scvi.model._defaults import default_batch_size, default_max_epochs, default_n_steps
+    from cellplm_scvi.model._defaults import default_batch_size, default_max_epochs
 
     before = 0
     for n_cells in (100, 1_000, 10_000, 100_000, 1_000_000):
         size = default_batch_size(n_cells, spatial=spatial)
         assert size & (size - 1) == 0
         n_batches = -(-n_cells // size)
-        epochs = default_max_epochs(n_cells, n_batches, default_n_steps(spatial=spatial))
+        epochs = default_max_epochs(n_cells, n_batches, spatial=spatial)
         assert 1 <= epochs <= 400
         assert epochs * n_batches >= max(300, before)
         before = epochs * n_batches
-    assert before > 2 * default_n_steps(spatial=spatial)
+    assert before > 2 * 4_800
+    assert default_max_epochs(5_000, 40, spatial=True) < default_max_epochs(5_000, 40, spatial=False)
 
 
 def test_workers(tissues, build, train):

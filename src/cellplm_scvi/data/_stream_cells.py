@@ -13,7 +13,7 @@ import scipy.sparse as sp
 
 from cellplm_scvi import _constants as c
 
-from ._categories import ABSENT, CovariateField, as_text
+from ._categories import ABSENT, CovariateField, named_as
 from ._checks import some, warn
 from ._contexts import whole_contexts
 from ._corpus import Corpus
@@ -95,13 +95,11 @@ class CorpusCells:
                 continue
             state = self.fields[name]["state_registry"]
             n_known = state[CovariateField.N_KNOWN_KEY]
-            known = {
-                category: place
-                for place, category in enumerate(state[CovariateField.CATEGORICAL_MAPPING_KEY][:n_known])
-            }
+            known = np.asarray(state[CovariateField.CATEGORICAL_MAPPING_KEY], dtype=object)[:n_known]
             # names are text on disk, and may be numbers in the model
-            known = {as_text(category): place for category, place in known.items()} | known
-            places = np.array([known.get(category, -1) for category in self.corpus.categories[name]], dtype=np.int64)
+            given = pd.Categorical(self.corpus.categories[name], categories=self.corpus.categories[name])
+            names = named_as(known, pd.Series(given)).cat.categories
+            places = pd.Index(known).get_indexer(names.astype(object))
             if state.get(UNNAMED_KEY):
                 places = np.full_like(places, -1)
             # what the model has not seen gets a code past the end of its table
@@ -133,7 +131,7 @@ class CorpusCells:
                 continue  # there is one contribution for all, or no name to go by
             names = np.asarray(self.corpus.categories[name], dtype=object)
             unseen = names[codes[:-1] == n_known]
-            if set(names) <= {ABSENT}:
+            if unseen.size == names.size and set(names) <= {ABSENT}:
                 warn(f"The corpus has no {name}: its cells get the mean {name} code.")
             elif unseen.size:
                 warn(

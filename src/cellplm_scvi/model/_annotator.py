@@ -25,7 +25,7 @@ from cellplm_scvi.nn._annotation import N_QUANTILES
 
 from ._annotation_fit import fit_head, held_out_distances, hold_out, make_folds, within_class_whitening
 from ._cellplm import CellPLM
-from ._defaults import default_max_epochs, default_n_steps, sizes_of
+from ._defaults import default_max_epochs, sizes_of
 from ._registry import part_of
 
 if TYPE_CHECKING:
@@ -268,8 +268,9 @@ class CellPLMAnnotator(CellPLM):
         split = {"external_indexing": [rest, test]}
         if max_epochs is None:
             splitter = self._splitter(None, None, True, kwargs.get("batch_size"), split)
-            n_steps = default_n_steps(spatial=module.spatial or self.is_trained_)
-            max_epochs = default_max_epochs(splitter.n_train, splitter.n_batches, n_steps)
+            # a quarter of what spatial data take, which have fewer steps
+            spatial = module.spatial or self.is_trained_
+            max_epochs = default_max_epochs(splitter.n_train, splitter.n_batches, spatial=spatial)
             max_epochs = max(1, max_epochs // 4) if self.is_trained_ else max_epochs
         self.history_ = {}
         options = {"freeze": None, **kwargs, "datasplitter_kwargs": {**further, **split}}

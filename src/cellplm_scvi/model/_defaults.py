@@ -32,18 +32,15 @@ def default_batch_size(n_cells: int, *, spatial: bool) -> int:
     return min(high, max(low, 1 << round(math.log2(max(n_cells, 24) / 24))))
 
 
-def default_max_epochs(n_cells: int, n_batches: int, n_steps: int = 4_800) -> int:
-    """Epochs: ``n_steps`` optimiser steps, and for many cells 2,400 times the square root of their tens of thousands.
+def default_max_epochs(n_cells: int, n_batches: int, *, spatial: bool) -> int:
+    """Epochs: 4,800 optimiser steps, and for many cells 2,400 times the square root of their tens of thousands.
 
-    At most 300, which takes no longer than the 400 of scVI; up to 400 where these are not even half the steps.
+    Where there are neighbours to predict, 2,400: more only take from what tells cell types apart. At most 300 epochs, which
+    takes no longer than the 400 of scVI; up to 400 where these are not even half the steps.
     """
-    epochs = max(n_steps, 2_400 * (n_cells / 10_000) ** 0.5) / max(n_batches, 1)
+    n_steps = max(2_400 if spatial else 4_800, 2_400 * (n_cells / 10_000) ** 0.5)
+    epochs = n_steps / max(n_batches, 1)
     return max(1, math.ceil(min(epochs, max(300, min(400, epochs / 2)))))
-
-
-def default_n_steps(*, spatial: bool) -> int:
-    """Optimiser steps for small data: where there are neighbours to predict, more only take from what tells cell types apart."""
-    return 2_400 if spatial else 4_800
 
 
 def default_inference_batch_size(n_hidden: int, device_type: str) -> int:

@@ -130,9 +130,9 @@ class PerturbationMixin(PerturbationTrainingMixin):
         genes, names = self._genes(self.get_anndata_manager(adata, required=True), gene_list)  # type: ignore[attr-defined]
         control = self._is_control(adata)
         rows = np.flatnonzero(control) if indices is None else self._rows(adata.obs_names, indices)  # type: ignore[attr-defined]
-        if rows.size == 0 and indices is not None:
-            raise ValueError("indices asks for no cell.")
         if rows.size == 0:
+            if indices is not None:
+                raise ValueError("indices asks for no cell.")
             raise ValueError(f'There is no control cell (control_category="{self._control}") to predict from.')
         if not control[rows].all():
             bad = adata.obs_names[rows[~control[rows]]]

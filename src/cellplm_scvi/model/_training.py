@@ -22,13 +22,14 @@ from cellplm_scvi.train import (
     CellPLMTrainingPlan,
     Freeze,
     PlaceMixtureComponents,
+    TakeAlignmentAway,
     frozen,
     strategy_of,
     whole_afterwards,
 )
 
 from ._alignment import fit_alignment
-from ._defaults import default_batch_size, default_max_epochs, default_n_steps
+from ._defaults import default_batch_size, default_max_epochs
 from ._extension import unknown_categories
 from ._start import start_decoders
 
@@ -133,7 +134,7 @@ class TrainingMixin:
         if max_epochs is None:
             if not isinstance(data, SampleSplitter):
                 raise ValueError("Pass max_epochs together with datamodule.")
-            max_epochs = default_max_epochs(data.n_train, data.n_batches, default_n_steps(spatial=self.module.spatial))
+            max_epochs = default_max_epochs(data.n_train, data.n_batches, spatial=self.module.spatial)
         check_sizes(max_epochs=max_epochs)
         if (precision := str(trainer_kwargs.get("precision"))) in NOT_SINGLE:
             raise ValueError(
@@ -168,8 +169,9 @@ class TrainingMixin:
             callbacks.append(PlaceMixtureComponents(epoch=max_epochs // 3, step=step))
         if "strategy" in trainer_kwargs:
             trainer_kwargs["strategy"] = strategy_of(trainer_kwargs["strategy"])
-        # else embeddings stay what they are
-        changes = freeze not in ("backbone", "reference")
+        changes_embedding = freeze not in ("backbone", "reference")
+        if changes_embedding:
+            callbacks.append(TakeAlignmentAway())
         moved = self._aligned_batches()
         sharding = whole_afterwards(self, trainer_kwargs.get("strategy"))
         with sharding, frozen(self.module, freeze), self._history_kept(), self._compiled_at_most_here():
@@ -190,7 +192,7 @@ class TrainingMixin:
                 **({"use_distributed_sampler": False} if isinstance(data, CorpusDataModule | SampleSplitter) else {}),
                 **{"gradient_clip_val": 1.0, **trainer_kwargs},
             )()
-        if changes:
+        if changes_embedding:
             fit_alignment(self, data.table if isinstance(data, SampleSplitter) else None)  # type: ignore[arg-type]
             self._report_alignment(moved)
 

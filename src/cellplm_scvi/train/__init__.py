@@ -1,6 +1,6 @@
 """Training: plan and callbacks."""
 
-from ._callbacks import PlaceMixtureComponents
+from ._callbacks import PlaceMixtureComponents, TakeAlignmentAway
 from ._checkpoints import SaveTrainingState, StepLog
 from ._freeze import Freeze, frozen
 from ._plan import CellPLMTrainingPlan
@@ -13,6 +13,7 @@ __all__ = [
     "SaveTrainingState",
     "ShardedStrategy",
     "StepLog",
+    "TakeAlignmentAway",
     "frozen",
     "strategy_of",
     "whole_afterwards",

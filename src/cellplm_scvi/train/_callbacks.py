@@ -25,6 +25,16 @@ def diverged(lr: float) -> RuntimeError:
     )
 
 
+class TakeAlignmentAway(Callback):
+    """Lets no batch be moved once a training starts that changes the embedding."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget what was fitted to the embedding before."""
+        module: CellPLMModule = pl_module.module  # type: ignore[assignment]
+        if module.alignment is not None:
+            module.alignment.reset()
+
+
 class PlaceMixtureComponents(Callback):
     """Places the components of the mixture prior on the data once the embedding has taken shape.
 

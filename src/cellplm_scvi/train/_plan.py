@@ -125,13 +125,6 @@ class CellPLMTrainingPlan(TrainingPlan):
         if self.device_mesh is not None and not isinstance(self.module, FSDPModule):
             shard(self.module, self.device_mesh["data_parallel"])  # type: ignore[arg-type]
 
-    def on_train_start(self) -> None:
-        """Take the alignment of batches away, which does not fit an encoder that learns on."""
-        super().on_train_start()
-        alignment = getattr(self.module, "alignment", None)
-        if alignment is not None and any(p.requires_grad for p in self.module.encoder.parameters()):
-            alignment.reset()
-
     def training_step(self, batch: Minibatch, batch_idx: int) -> torch.Tensor:
         """One step on a minibatch."""
         self._n_cells, self._is_first = batch["library"].shape[0], batch_idx == 0
