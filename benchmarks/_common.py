@@ -38,7 +38,7 @@ def seed_everything(seed: int, threads: int) -> None:
     scvi.settings.seed = seed
 
 
-def timed(compute: Callable[[], np.ndarray]) -> tuple[np.ndarray, float]:
+def timed(compute: Callable[[], Any]) -> tuple[Any, float]:
     """Return what ``compute`` returns and the wall seconds that it took."""
     start = time.perf_counter()
     result = compute()

@@ -44,9 +44,7 @@ def lognormalised(x: np.ndarray) -> np.ndarray:
         pytest.param(put(np.nan), r"adata\.X has 1 missing or infinite value\. Counts must be finite", id="nan"),
         pytest.param(put(np.inf), r"adata\.X has 1 missing or infinite value", id="inf"),
         pytest.param(put(-1), r"adata\.X has 1 negative value \(lowest -1\).*Pass raw counts", id="negative"),
-        pytest.param(
-            put(0.5), r"adata\.X does not hold counts: 1 values are fractions \(such as 0\.5\)", id="fraction"
-        ),
+        pytest.param(put(0.5), r"adata\.X does not hold counts: 1 value is a fraction \(such as 0\.5\)", id="fraction"),
         pytest.param(lognormalised, r"looks log-normalised.*layer=\"counts\"", id="log-normalised"),
         pytest.param(lambda x: x - 1.0, "negative value", id="centred"),
     ],
@@ -235,7 +233,7 @@ def test_library_sizes_that_are_too_small(tissues, build):
 def test_library_sizes_that_are_not_numbers(tissues, value):
     tissues.obs["total"] = np.asarray(tissues.X.sum(1)).ravel() * 2
     tissues.obs.loc["cell1", "total"] = value
-    with pytest.raises(ValueError, match=r'obs\["total"\] is the library size.*1 values are.*"cell1"'):
+    with pytest.raises(ValueError, match=r'obs\["total"\] is the library size.*1 value is.*"cell1"'):
         SETUP(tissues, size_factor_key="total")
 
 

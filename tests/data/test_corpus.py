@@ -325,7 +325,7 @@ def test_some_sources_may_lack_coordinates_but_not_all(tmp_path, sections, tissu
 def test_libraries_below_the_counts_are_found_in_the_build(tmp_path, tissues):
     tissues.obs["total"] = tissues.X.sum(1).A1
     tissues.obs.loc["cell7", "total"] -= 1
-    with pytest.raises(ValueError, match=r'Source "x": The library size .* of 1 cells .* \(cells "cell7"\)'):
+    with pytest.raises(ValueError, match=r'Source "x": The library size .* of 1 cell .* \(cells "cell7"\)'):
         build_corpus({"x": tissues}, tmp_path / "c", progress=False, size_factor_key="total")
 
 

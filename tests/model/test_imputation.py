@@ -116,7 +116,7 @@ def test_rows_and_genes_as_asked_for(model, adata):
     part = model.get_imputed_expression(indices=rows, gene_list=genes)
     whole = model.get_imputed_expression()
     pd.testing.assert_frame_equal(part, whole.iloc[rows][genes], rtol=1e-4)
-    with pytest.raises(ValueError, match=r'1 genes that the model does not know \("geneX"\)'):
+    with pytest.raises(ValueError, match=r'1 gene that the model does not know \("geneX"\)'):
         model.get_imputed_expression(gene_list=["geneX"])
 
 

@@ -200,11 +200,11 @@ def test_coordinates_of_another_dimension(spatial_model, make_tissues):
         (lambda xy: np.c_[xy, xy[:, :1]], r'obsm\["spatial"\] has 3 columns; the model was set up with 2'),
         (
             lambda xy: np.where(np.arange(xy.size).reshape(xy.shape) == 6, np.nan, xy),
-            "1 cells have .* some are NaN.*cell3",
+            "1 cell has .* some are NaN.*cell3",
         ),
         (
             lambda xy: np.where(np.arange(xy.size).reshape(xy.shape) == 6, np.inf, xy),
-            "1 cells have infinite coordinates",
+            "1 cell has infinite coordinates",
         ),
     ],
     ids=["columns", "part", "infinite"],
@@ -224,7 +224,7 @@ def test_library_sizes_are_checked_whenever_they_are_read(tissues, build, train)
     new = model.adata.copy()
     model.get_latent_representation(new)
     new.obs.loc["cell3", "total"] = np.nan
-    with pytest.raises(ValueError, match=r'obs\["total"\] is the library size.*1 values are missing.*"cell3"'):
+    with pytest.raises(ValueError, match=r'obs\["total"\] is the library size.*1 value is missing.*"cell3"'):
         model.get_latent_representation(new)
 
 

@@ -382,6 +382,18 @@ def test_another_name_of_a_perturbed_gene_is_that_gene(adata):
     assert effect.loc["STAT1", "lfc_mean"].abs().max() > 0.1
 
 
+def test_perturbations_that_are_numbers(adata):
+    names = ["control", *(name for name in adata.obs["perturbation"].unique() if "+" not in name and name != "control")]
+    copy = adata[adata.obs["perturbation"].isin(names).to_numpy()].copy()
+    copy.obs["perturbation"] = [names.index(name) for name in copy.obs["perturbation"]]
+    model = fit(copy, {"control_category": "0"})
+    effect = model.get_perturbation_effect()
+    assert sorted(effect.index.unique("perturbation")) == [str(i) for i in range(1, len(names))]
+    pd.testing.assert_frame_equal(model.get_perturbation_effect(1).loc[1], effect.loc["1"])
+    pd.testing.assert_frame_equal(model.get_perturbation_effect([1.0, "2"]).loc["2"], effect.loc["2"])
+    pd.testing.assert_frame_equal(model.predict_perturbation(1), model.predict_perturbation("1"))
+
+
 def test_nothing_to_predict_or_to_predict_from(model):
     with pytest.raises(ValueError, match="perturbations names none"):
         model.get_perturbation_effect([])

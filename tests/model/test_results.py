@@ -64,7 +64,7 @@ def test_gene_list(model):
     assert set(some.columns) == {"gene2", "gene7"}
     pd.testing.assert_frame_equal(some, whole[some.columns])
     assert list(model.get_normalized_expression(gene_list="gene2").columns) == ["gene2"]
-    with pytest.raises(ValueError, match=r'gene_list has 1 genes that are not known \("nothing"\)'):
+    with pytest.raises(ValueError, match=r'gene_list has 1 gene not known \("nothing"\)'):
         model.get_normalized_expression(gene_list=["gene2", "nothing"])
     with pytest.raises(
         TypeError, match=r'gene_list has "True", .*: pass names; of a mask, .* `adata.var_names\[mask\]`'

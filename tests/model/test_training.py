@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 import scanpy as sc
@@ -194,7 +196,7 @@ def test_a_split_of_ones_own(tissues, build, train, masks):
         ({"train_size": 1.5}, r"train_size is 1\.5; it is a share in \(0, 1\]"),
         ({"train_size": 0.8, "validation_size": 0.4}, "must be shares that sum to at most 1"),
         ({"datasplitter_kwargs": {"split_by": "donors"}}, 'split_by="donors" is neither "cells" nor "samples"'),
-        ({"datasplitter_kwargs": {"external_indexing": [[0, 1], [1]]}}, "names 1 cells more than once"),
+        ({"datasplitter_kwargs": {"external_indexing": [[0, 1], [1]]}}, "names 1 cell more than once"),
         ({"datasplitter_kwargs": {"external_indexing": [[0, 900]]}}, "names rows outside of 0 to 89"),
         ({"datasplitter_kwargs": {"external_indexing": [[], [1]]}}, "has no cells for training"),
         ({"datasplitter_kwargs": {"external_indexing": [[True, False]]}}, r"a mask of shape \(2,\); .* has 90 cells"),
@@ -281,6 +283,13 @@ def test_training_goes_on(tissues, build, train):
     train(model, max_epochs=1)
     assert any(not torch.equal(before[name], p) for name, p in model.module.named_parameters())
     assert len(model.history["train_loss"]) == 3
+
+
+def test_a_trained_model_can_be_pickled(tissues, build, train):
+    model = train(build(tissues))
+    copy = pickle.loads(pickle.dumps(model))
+    np.testing.assert_array_equal(copy.get_latent_representation(), model.get_latent_representation())
+    train(copy)
 
 
 def test_a_loaded_model_is_trained_further(dissociated_model, clone, train):

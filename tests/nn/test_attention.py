@@ -19,6 +19,7 @@ from cellplm_scvi.nn._attention import (
     SoftmaxAttention,
 )
 from cellplm_scvi.nn._flow import flow_attention as one_flow_attention
+from cellplm_scvi.nn._flow import flow_attention_of_pairs
 
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=9)
 
@@ -122,6 +123,35 @@ def test_gradient_of_flow_attention_of_one_sample_where_only_some_is_asked_for()
     weight = attention.qkv.weight.detach()
     assert torch.autograd.gradcheck(mix, (x, weight))
     assert torch.autograd.gradcheck(mix, (x.detach(), weight.clone().requires_grad_()))
+
+
+@settings(max_examples=25)
+@given(lengths, st.integers(0, 1000), st.sampled_from([0.5, 5.0]))
+def test_flow_attention_of_pairs_is_that_of_packed_samples_with_its_gradient(sizes, seed, scale):
+    """What a CPU computes for few cells, against automatic differentiation of :meth:`FlowAttention.attend`."""
+    attention, packing = FlowAttention(12, 3), Packing(torch.tensor(sizes))
+    qkv = (scale * rows(sum(sizes), 36, seed)).requires_grad_()
+    found = flow_attention_of_pairs(qkv, packing.same, 3)
+    expected = attention.attend(*attention.heads(qkv), packing).flatten(1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    gradients = [torch.autograd.grad(mixed, qkv, rows(sum(sizes), 12, seed + 1))[0] for mixed in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_of_flow_attention_of_pairs():
+    torch.manual_seed(0)
+    same = Packing(torch.tensor([3, 1, 4])).same
+    qkv = torch.randn(8, 18, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda qkv: flow_attention_of_pairs(qkv, same, 2), (qkv,))
+
+
+def test_few_cells_of_several_samples_are_attended_to_by_pairs_and_more_by_samples(monkeypatch):
+    """Both give the same, so that an embedding does not depend on how many cells it is computed with."""
+    attention, x, packing = FlowAttention(12, 3).eval(), rows(30, 12), Packing(torch.tensor([10, 1, 19]))
+    few = attention(x, packing)
+    monkeypatch.setattr("cellplm_scvi.nn._attention.FEW_CELLS", 29)
+    monkeypatch.setattr("cellplm_scvi.nn._attention.flow_attention_of_pairs", None)
+    torch.testing.assert_close(attention(x, packing), few, rtol=1e-5, atol=1e-6)
 
 
 def test_flow_attention_of_one_sample_in_half_precision():

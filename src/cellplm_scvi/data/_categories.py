@@ -11,7 +11,7 @@ import rich.table
 from anndata import AnnData
 from scvi.data.fields import CategoricalObsField
 
-from ._checks import check_column, check_no_missing, some, warn
+from ._checks import check_column, check_no_missing, counted, some, warn
 from ._vocabulary import UNNAMED_KEY
 
 #: category of cells whose data have no such column
@@ -101,7 +101,7 @@ class CovariateField(CategoricalObsField):
     def say_unseen(self, key: str, unseen: list, n_cells: int) -> None:
         warn(
             f'obs["{key}"] has {len(unseen)} categor{"y" if len(unseen) == 1 else "ies"} that the model has not seen '
-            f"({some(unseen)}): {n_cells:,} cells get the mean {self.registry_key} code."
+            f"({some(unseen)}): {counted(n_cells, 'cell gets', 'cells get')} the mean {self.registry_key} code."
         )
 
     def get_summary_stats(self, state_registry: dict) -> dict:
@@ -167,7 +167,8 @@ class PerturbationField(AnnotationField):
         key = self._original_attr_key
         if key in adata.obs and (missing := pd.Series(adata.obs[key]).isna().to_numpy()).any():
             raise ValueError(
-                f'obs["{key}"] has {int(missing.sum()):,} missing values (cells {some(adata.obs_names[missing])}): these '
+                f'obs["{key}"] has {counted(int(missing.sum()), "missing value")} (cells '
+                f"{some(adata.obs_names[missing])}): these "
                 f'cells cannot be told from controls. Write "{self.default}" there if they are controls; else drop them.'
             )
 

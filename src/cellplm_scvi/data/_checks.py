@@ -37,6 +37,11 @@ def some(names: Sequence[object] | np.ndarray | pd.Index, most: int = 3) -> str:
     return shown + (", ..." if len(names) > most else "")
 
 
+def counted(n: int, one: str, more: str | None = None) -> str:
+    """A number with what there is of it: ``"1 cell has"``, ``"2,000 cells have"``; ``more`` defaults to ``one`` with an s."""
+    return f"{n:,} {one if n == 1 else more or one + 's'}"
+
+
 def as_names(gene_list: str | Iterable[str]) -> list[str]:
     """Genes asked for, by name."""
     names = [gene_list] if isinstance(gene_list, str) else list(gene_list)
@@ -114,7 +119,8 @@ def _fractional(values: np.ndarray, fraction: np.ndarray, where: str, high: floa
         )
     else:
         guess = (
-            f"{int(fraction.sum()):,} values are fractions (such as {values[fraction][0]:g}). Pass raw counts; if these "
+            f"{counted(int(fraction.sum()), 'value is a fraction', 'values are fractions')} (such as "
+            f"{values[fraction][0]:g}). Pass raw counts; if these "
             "are estimated counts, round them first."
         )
     return f"{where} does not hold counts: {guess}"
@@ -126,7 +132,8 @@ def check_names(adata: AnnData) -> None:
         raise ValueError(f"The AnnData is empty: it has {adata.n_obs} cells and {adata.n_vars} genes.")
     if other := [name for name in adata.var_names if not isinstance(name, str)]:
         raise TypeError(
-            f"var_names has {len(other):,} names that are no text (such as {other[0]!r} of type {type(other[0]).__name__}). "
+            f"var_names has {counted(len(other), 'name that is', 'names that are')} no text (such as {other[0]!r} "
+            f"of type {type(other[0]).__name__}). "
             "Genes are matched by name: call `adata.var_names = adata.var_names.astype(str)`."
         )
     if not adata.var_names.is_unique:
@@ -200,7 +207,8 @@ def check_coordinates(coordinates: np.ndarray, key: str, obs_names: pd.Index, n_
     }.items():
         if bad.any():
             raise ValueError(
-                f'obsm["{key}"]: {int(bad.sum()):,} cells have {what} (cells {some(obs_names[bad])}). A cell '
+                f'obsm["{key}"]: {counted(int(bad.sum()), "cell has", "cells have")} {what} (cells '
+                f"{some(obs_names[bad])}). A cell "
                 "without a position has NaN in its whole row."
             )
 
@@ -211,7 +219,8 @@ def check_library_sizes(column: pd.Series, key: str) -> None:
     bad = ~(np.isfinite(values) & (values >= 0))  # that of a cell without any count may be zero
     if bad.any():
         raise ValueError(
-            f'obs["{key}"] is the library size of each cell, in counts: {int(bad.sum()):,} values are missing, negative or '
+            f'obs["{key}"] is the library size of each cell, in counts: '
+            f"{counted(int(bad.sum()), 'value is', 'values are')} missing, negative or "
             f"not numbers (cells {some(column.index[bad])})."
         )
 
@@ -221,6 +230,7 @@ def check_library(totals: np.ndarray, library: np.ndarray, names: np.ndarray) ->
     short = library < totals * (1 - 1e-4)
     if short.any():
         raise ValueError(
-            f"The library size (size_factor_key) of {int(short.sum()):,} cells is smaller than the sum of their counts "
+            f"The library size (size_factor_key) of {counted(int(short.sum()), 'cell')} is smaller than the sum of "
+            "counts "
             f"(cells {some(names[short])}). It is the total of each cell over all genes, in counts."
         )

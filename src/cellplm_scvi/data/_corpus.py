@@ -19,6 +19,7 @@ import scvi
 from cellplm_scvi import _constants as c
 
 from ._categories import ABSENT, CovariateField
+from ._checks import counted
 from ._panels import MEASURED_GENES
 from ._vocabulary import ORGANISM_KEY
 
@@ -352,8 +353,9 @@ class Corpus:
 
     def __repr__(self) -> str:
         return (
-            f"Corpus of {self.n_cells:,} cells in {self.n_samples:,} samples, {self.n_genes:,} genes, "
-            f"{self.n_shards:,} shards at {self.path}"
+            f"Corpus of {counted(self.n_cells, 'cell')} in {counted(self.n_samples, 'sample')}, "
+            f"{counted(self.n_genes, 'gene')}, "
+            f"{counted(self.n_shards, 'shard')} at {self.path}"
         )
 
 

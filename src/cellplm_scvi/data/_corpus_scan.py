@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from ._checks import check_counts, check_library, some, warn
+from ._checks import check_counts, check_library, counted, some, warn
 from ._content import content_keys
 from ._contexts import rows_by_sample, tiles
 from ._corpus import FORMAT, FORMAT_VERSION
@@ -175,7 +175,7 @@ def report_scan(source: Source, scan: Scan) -> None:
         summary = f'{kept:.1%} of the counts of source "{source.name}" are used; {", ".join(reasons)}.'
         warn(f"Only {summary}") if kept < MIN_COUNTS_COVERED else logger.info(summary)
     if scan.n_empty:
-        warn(f'{scan.n_empty:,} cells of source "{source.name}" have no counts of genes in the vocabulary.')
+        warn(f'Source "{source.name}" has {counted(scan.n_empty, "cell")} without counts of genes in the vocabulary.')
 
 
 def merge_scans(

@@ -74,12 +74,16 @@ def report_genes(known: pd.Index, given: pd.Index, where: str = "this AnnData") 
     if n_shared < len(known):
         absent = known[~known.isin(given)]
         parts.append(
-            f"{len(absent):,} of the model's {len(known):,} genes are not in {where} ({some(absent)}) and count as not "
+            f"{len(absent):,} of the model's {len(known):,} genes {'is' if len(absent) == 1 else 'are'} not in "
+            f"{where} ({some(absent)}) and count as not "
             "measured"
         )
     if n_shared < len(given):
         unknown = given[~given.isin(known)]
-        parts.append(f"{len(unknown):,} of its genes are unknown to the model ({some(unknown)}) and are not used")
+        parts.append(
+            f"{len(unknown):,} of its genes {'is' if len(unknown) == 1 else 'are'} unknown to the model "
+            f"({some(unknown)}) and not used"
+        )
     if parts:
         few = " These are few: results may be poor." if n_shared < FEW_GENES * len(known) else ""
         warn("; ".join(parts) + "." + few)

@@ -10,7 +10,7 @@ import numpy as np
 from scvi import settings
 from torch.utils.data import DataLoader
 
-from ._checks import check_sizes, some, warn
+from ._checks import check_sizes, counted, some, warn
 from ._loader import CellLoader, RandomSliceSampler, SpatialInputs, training_loader, whole_sample_loader
 from ._table import CellTable
 
@@ -115,13 +115,13 @@ class SampleSplitter(pl.LightningDataModule):
         parts += [np.empty(0, dtype=np.int64)] * (3 - len(parts))
         rows, uses = np.unique(np.concatenate(parts), return_counts=True)
         if uses.size and uses.max() > 1:
-            raise ValueError(f"external_indexing names {int((uses > 1).sum()):,} cells more than once.")
+            raise ValueError(f"external_indexing names {counted(int((uses > 1).sum()), 'cell')} more than once.")
         if rows.size and not 0 <= rows[0] <= rows[-1] < self.table.n_cells:
             raise ValueError(f"external_indexing names rows outside of 0 to {self.table.n_cells - 1}.")
         if not parts[0].size:
             raise ValueError("external_indexing has no cells for training.")
         if rows.size < self.table.n_cells:
-            warn(f"external_indexing leaves {self.table.n_cells - rows.size:,} cells unused.")
+            warn(f"external_indexing leaves {counted(self.table.n_cells - rows.size, 'cell')} unused.")
         return parts
 
     @property

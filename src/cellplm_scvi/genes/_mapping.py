@@ -309,6 +309,7 @@ def _warn_mouse(names: Sequence[str | None]) -> None:
     if len(mouse) > len(names) / 2:
         warnings.warn(
             f"{len(mouse):,} of {len(names):,} names look like those of mouse genes ({_some(mouse, 3)}). "
-            'Pass organism="mouse" to have their human orthologues.',
+            'Pass organism="mouse" to have their human orthologues, or name genes by these first: '
+            '`cellplm_scvi.genes.to_ensembl(names, organism="mouse")`.',
             stacklevel=4,
         )

@@ -16,7 +16,7 @@ from sklearn.decomposition import PCA
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import AnnOrMuData
 from cellplm_scvi.data._categories import AnnotationField, as_text
-from cellplm_scvi.data._checks import CHUNK_ROWS, check_column, some, warn
+from cellplm_scvi.data._checks import CHUNK_ROWS, check_column, counted, some, warn
 from cellplm_scvi.data._table import CellTable
 from cellplm_scvi.module import AnnotatorModule
 from cellplm_scvi.module._annotator import balanced_weights
@@ -237,8 +237,9 @@ class CellPLMAnnotator(CellPLM):
         other = labels[~np.isin(labels, [*self.classes, self.unlabeled_category])]
         if other.size:
             warn(
-                f'{other.size:,} cells have labels in obs["{state[AnnotationField.ORIGINAL_ATTR_KEY]}"] that are no classes of '
-                f"this annotator ({some(np.unique(other.astype(str)))}; it has {some(self.classes)}) and count as unlabelled. "
+                f"{counted(other.size, 'cell has a label', 'cells have labels')} in "
+                f'obs["{state[AnnotationField.ORIGINAL_ATTR_KEY]}"] outside the classes of '
+                f"this annotator ({some(np.unique(other.astype(str)))}; it has {some(self.classes)}), taken as unlabelled. "
                 "CellPLMAnnotator.from_cellplm(annotator, ...) makes one of all the classes."
             )
 

@@ -13,7 +13,7 @@ from scvi.model.base import BaseModelClass
 
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import SCVI_UUID_KEY, AnnOrMuData, copy_if_view, keep_registration, setup_anndata_dsp
-from cellplm_scvi.data._checks import check_library, check_sizes, some, warn
+from cellplm_scvi.data._checks import check_library, check_sizes, counted, some, warn
 from cellplm_scvi.data._corpus import CorpusRegistry, StartingPoint
 from cellplm_scvi.data._fields import make_fields
 from cellplm_scvi.data._loader import SpatialInputs
@@ -209,13 +209,16 @@ class CellPLM(
         self._add_categories()
         # a pre-trained model does not know those of its training
         n_samples = len(states[c.SAMPLE_KEY]["categorical_mapping"])
-        samples = f" in {n_samples:,} samples" if n_samples else ""
+        samples = f" in {counted(n_samples, 'sample')}" if n_samples else ""
         self._model_summary_string = (
             f"CellPLM with {sum(p.numel() for p in self.module.parameters()):,} parameters: {n_genes:,} genes, "
             f"n_hidden: {n_hidden}, n_layers: {n_layers}, n_heads: {n_heads}, n_latent: {n_latent}, "
             f"encoder: {encoder}, latent: {latent}{f' ({n_components})' if latent == 'mixture' else ''}, "
-            f"position: {position if n_dims else 'none (no coordinates)'}; {n_cells:,} cells{samples}, "
-            + ", ".join(f"{n + self._extension.n_added(name):,} {name} categories" for name, n in categories.items())
+            f"position: {position if n_dims else 'none (no coordinates)'}; {counted(n_cells, 'cell')}{samples}, "
+            + ", ".join(
+                counted(n + self._extension.n_added(name), f"{name} category", f"{name} categories")
+                for name, n in categories.items()
+            )
         )
         self._add_parts()
         self.init_params_ = self._get_init_params(locals())
@@ -436,7 +439,8 @@ def check_totals(table: CellTable) -> None:
         raise ValueError("No cell has any count.")
     if empty.any():
         warn(
-            f"{int(empty.sum()):,} cells have no counts (cells {some(table.names[empty])}). They are embedded, but say "
+            f"{counted(int(empty.sum()), 'cell has', 'cells have')} no counts (cells {some(table.names[empty])}). "
+            "Such cells are embedded, but say "
             "nothing; `sc.pp.filter_cells(adata, min_counts=1)` drops them."
         )
     outside = table.counts_outside_panels()

@@ -15,7 +15,7 @@ from torch import Tensor
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import AnnOrMuData
 from cellplm_scvi.data._categories import CovariateField, as_text
-from cellplm_scvi.data._checks import as_names, check_library_size, check_sizes, some
+from cellplm_scvi.data._checks import as_names, check_library_size, check_sizes, counted, some
 from cellplm_scvi.data._vocabulary import gene_columns
 from cellplm_scvi.model._embedding import fixed_draws
 
@@ -139,7 +139,7 @@ class ExpressionMixin(RNASeqMixin, VAEMixin):
             gene_list = as_names(gene_list)
             unknown = [gene for gene in gene_list if gene not in names]
             if unknown:
-                raise ValueError(f"gene_list has {len(unknown)} genes that are not known ({some(unknown)}).")
+                raise ValueError(f"gene_list has {counted(len(unknown), 'gene')} not known ({some(unknown)}).")
             columns, names = columns[names.isin(gene_list)], names[names.isin(gene_list)]
         return columns, names
 

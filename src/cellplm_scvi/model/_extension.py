@@ -15,7 +15,7 @@ import torch
 
 from cellplm_scvi import _constants as c
 from cellplm_scvi.data._categories import ABSENT, CovariateField
-from cellplm_scvi.data._checks import some, warn
+from cellplm_scvi.data._checks import counted, some, warn
 from cellplm_scvi.data._vocabulary import OF_DATA, ORGANISM_KEY, UNNAMED_KEY, _gene_totals, gene_columns, match_genes
 from cellplm_scvi.nn import AnnotationHead
 from cellplm_scvi.nn._nb import log_total
@@ -244,7 +244,8 @@ def _describe_added(categories: Mapping[str, list[Any]], genes: list[str]) -> li
     ]
     if genes:
         lines.append(
-            f"{len(genes):,} genes added ({some(genes)}): embeddings start at zero, expected counts at their share in the "
+            f"{counted(len(genes), 'gene')} added ({some(genes)}): embeddings start at zero, expected counts at "
+            "their share in the "
             "new data, dispersions at the mean of the others"
         )
     return lines

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import AnnOrMuData
-from cellplm_scvi.data._checks import as_names, check_library_size, check_sizes, some
+from cellplm_scvi.data._checks import as_names, check_library_size, check_sizes, counted, some
 from cellplm_scvi.data._table import CellTable
 from cellplm_scvi.data._vocabulary import gene_columns
 from cellplm_scvi.model._embedding import fixed_draws
@@ -221,7 +221,8 @@ class ImputationMixin:
         if (columns < 0).any():
             unknown = wanted[columns < 0]
             raise ValueError(
-                f"gene_list has {len(unknown)} genes that the model does not know ({some(unknown)}): no data set that it was "
+                f"gene_list has {counted(len(unknown), 'gene')} that the model does not know ({some(unknown)}): no "
+                "data set that it was "
                 "trained on measured them."
             )
         return columns, wanted

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import AnnOrMuData, move_to_device
-from cellplm_scvi.data._categories import AnnotationField
+from cellplm_scvi.data._categories import AnnotationField, as_text
 from cellplm_scvi.data._checks import some, warn
 from cellplm_scvi.data._perturbation import are_controls, elements_of
 from cellplm_scvi.data._table import registered_codes
@@ -104,7 +104,7 @@ class PerturbationMixin(PerturbationTrainingMixin):
         adata, rows, genes, names = self._asked(adata, indices, gene_list)
         if perturbations is None:
             perturbations = self._perturbation["elements"]  # type: ignore[index]
-        asked = [perturbations] if isinstance(perturbations, str) else list(perturbations)
+        asked = list(perturbations) if pd.api.types.is_list_like(perturbations) else [perturbations]
         if not asked:
             raise ValueError("perturbations names none.")
         resolved = [self._resolve(name) for name in asked]
@@ -137,7 +137,8 @@ class PerturbationMixin(PerturbationTrainingMixin):
         if not control[rows].all():
             bad = adata.obs_names[rows[~control[rows]]]
             raise ValueError(
-                f"{len(bad):,} of the cells in indices are perturbed ({some(bad)}): predictions start from control cells."
+                f"{len(bad):,} of the cells in indices {'is' if len(bad) == 1 else 'are'} perturbed ({some(bad)}): "
+                "predictions start from control cells."
             )
         return adata, rows, genes, names
 
@@ -152,7 +153,7 @@ class PerturbationMixin(PerturbationTrainingMixin):
 
     def _resolve(self, perturbation: str) -> tuple[list[int], list[int]]:
         """Indices of the elements that training had, and codes of the others."""
-        elements = elements_of(perturbation, self._control)
+        elements = elements_of(as_text(perturbation), self._control)
         if not elements:
             raise ValueError(f'"{self._control}" is no perturbation; get_normalized_expression gives it.')
         seen: list[str] = self._perturbation["elements"]  # type: ignore[index]

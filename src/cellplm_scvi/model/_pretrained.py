@@ -14,7 +14,7 @@ import torch
 
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import AnnOrMuData, parse_device_args
-from cellplm_scvi.data._checks import check_sizes, warn
+from cellplm_scvi.data._checks import check_sizes, counted, warn
 from cellplm_scvi.data._vocabulary import MATCH_KEY, ORGANISM_KEY
 from cellplm_scvi.genes._tables import Organism
 from cellplm_scvi.module import PublishedModule
@@ -329,7 +329,7 @@ class PretrainedMixin(NewDataMixin):
         check_sizes(max_context=max_context)
         self._n_niche = 0
         self.module = PublishedModule(config, max_context=max_context)
-        codes = ", ".join(f"{n:,} {name} categories" for name, n in config.covariates.items())
+        codes = ", ".join(counted(n, f"{name} category", f"{name} categories") for name, n in config.covariates.items())
         self._model_summary_string = (
             f"CellPLM of the published architecture with {sum(p.numel() for p in self.module.parameters()):,} parameters: "
             f"{n_genes:,} genes, n_hidden: {config.n_hidden}, n_layers: {config.n_layers}, n_heads: {config.n_heads}, "

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._dropout import dropout
-from ._flow import EPS, flow_attention
+from ._flow import EPS, flow_attention, flow_attention_of_pairs
 from ._sparse import CACHE_ENTRIES
+
+#: cells of several samples among which pairs are fewer operations than sums over samples
+FEW_CELLS = 192
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,11 @@ class Packing:
         """Sample of each row, (n_cells,)."""
         samples = torch.arange(self.n_samples, device=self.lengths.device)
         return torch.repeat_interleave(samples, self.lengths)
+
+    @cached_property
+    def same(self) -> Tensor:
+        """1 where two rows are of one sample, 0 elsewhere, (n_cells, n_cells)."""
+        return (self.segment[:, None] == self.segment).float()
 
     @cached_property
     def block_size(self) -> int:
@@ -210,10 +218,12 @@ class FlowAttention(GlobalAttention):
         packing.segment  # noqa: B018
 
     def mix(self, x: Tensor, packing: Packing) -> Tensor:
-        # its matrices of n_hidden x n_hidden pay where there are cells enough
-        enough = packing.n_samples == 1 and 2 * x.shape[0] >= x.shape[1]
-        if enough and x.device.type == "cpu" and not torch.compiler.is_compiling():
-            return flow_attention(x, self.qkv, self.out, self.n_heads)
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            # its matrices of n_hidden x n_hidden pay where there are cells enough
+            if packing.n_samples == 1 and 2 * x.shape[0] >= x.shape[1]:
+                return flow_attention(x, self.qkv, self.out, self.n_heads)
+            if packing.n_samples > 1 and x.shape[0] <= FEW_CELLS:
+                return self.out(flow_attention_of_pairs(self.qkv(x), packing.same, self.n_heads))
         return super().mix(x, packing)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:

@@ -1,4 +1,4 @@
-"""Flow attention over one sample with its projections, and its gradient, each in few passes over the cells, for a CPU."""
+"""Flow attention with its gradient written by hand, for a CPU: over one sample, in few passes, and over few cells, by pairs."""
 
 from __future__ import annotations
 
@@ -124,6 +124,106 @@ class _FlowAttention(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             grad_b_out = grad_mixed.sum(0)
         return grad_x, grad_w_in, grad_b_in, grad_w_out, grad_b_out, None
+
+
+def flow_attention_of_pairs(qkv: Tensor, same: Tensor, n_heads: int) -> Tensor:
+    r"""Flow attention within samples by pairs of cells, (n_cells, 3 * n_hidden) -> (n_cells, n_hidden).
+
+    The formulas are those of :meth:`cellplm_scvi.nn.FlowAttention.attend`, written with
+    :math:`S_{ij} = \phi(q_i) \cdot \phi(k_j)`, 0 where i and j are of different samples: incoming and outgoing flow are its sums over
+    rows and columns, and the result is a product with it. For so few cells that all their pairs are a small matrix, this
+    takes a third of the operations, whose number then is what takes time.
+
+    Parameters
+    ----------
+    qkv
+        Queries, keys and values, one beside the other.
+    same
+        1 where two cells are of one sample, 0 elsewhere, (n_cells, n_cells).
+    n_heads
+        Number of heads.
+    """
+    with torch.autocast("cpu", enabled=False):
+        return _FlowAttentionOfPairs.apply(qkv, same, n_heads)
+
+
+class _FlowAttentionOfPairs(torch.autograd.Function):
+    """``both`` are queries, then keys, (2 * n_heads, n_cells, d); what else has 2 * n_heads rows goes with them."""
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, same: Tensor, n_heads: int) -> Tensor:
+        wide = torch.promote_types(qkv.dtype, torch.float32)
+        same = same.to(wide)
+        rows = qkv.to(wide).unflatten(1, (3 * n_heads, -1)).transpose(0, 1)
+        both, v = rows[: 2 * n_heads].sigmoid(), rows[2 * n_heads :]
+        q, k = both.chunk(2)
+        own = both.sum(2).mul_(EPS)
+        products = torch.bmm(q, k.transpose(1, 2)).mul_(same)
+        # (q + eps) . k and q . (k + eps)
+        from_query = torch.addcmul(products, own[n_heads:, None], same)
+        from_key = torch.addcmul(products, own[:n_heads, :, None], same)
+        own += both.shape[2] * EPS**2
+        inverse = torch.cat([from_query.sum(2), from_key.sum(1)]).add_(own).reciprocal_()
+        incoming, outgoing = inverse.chunk(2)
+        conserved_in = (from_query @ outgoing[..., None])[..., 0].add_(own[:n_heads])
+        conserved_out = (incoming[:, None] @ from_key)[:, 0].add_(own[n_heads:])
+        exp = conserved_out.clamp(-1.0, 1.0).exp_()
+        competition = exp * (same.sum(1) / (exp @ same))
+        weighted = v * competition[..., None]
+        sums = torch.bmm(products, weighted)
+        mixed = sums.new_empty(rows.shape[1], n_heads, rows.shape[2])
+        torch.mul(sums, (incoming * conserved_in.sigmoid())[..., None], out=mixed.transpose(0, 1))
+        ctx.save_for_backward(
+            same, both, v, products, from_query, from_key, inverse, conserved_in, conserved_out, competition,
+            weighted, sums,
+        )  # fmt: skip
+        ctx.dtype = qkv.dtype
+        return mixed.flatten(1).to(qkv.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_mixed: Tensor) -> tuple[Tensor | None, ...]:
+        (same, both, v, products, from_query, from_key, inverse, conserved_in, conserved_out, competition,
+         weighted, sums) = ctx.saved_tensors  # fmt: skip
+        n_heads, n_cells, d = v.shape
+        (q, k), (incoming, outgoing) = both.chunk(2), inverse.chunk(2)
+        opened = conserved_in.sigmoid()
+        gate = incoming * opened
+        grad_rows = v.new_empty(n_cells, 3 * n_heads, d)
+        grad_q_k, grad_v = grad_rows.transpose(0, 1).split([2 * n_heads, n_heads])
+
+        grad_mixed = grad_mixed.to(v.dtype).unflatten(1, (n_heads, -1)).transpose(0, 1)
+        grad_gate = (grad_mixed * sums).sum(2)
+        grad_sums = grad_mixed * gate[..., None]
+        grad_weighted = torch.bmm(products.transpose(1, 2), grad_sums)
+        torch.mul(grad_weighted, competition[..., None], out=grad_v)
+        grad_share = (grad_weighted * v).sum(2).mul_(competition)
+        grad_share -= competition * ((grad_share @ same) / same.sum(1))
+        grad_share *= conserved_out.abs() <= 1
+
+        grad_conserved_in = grad_gate * gate * (1 - opened)
+        grad_incoming = torch.addcmul((from_key @ grad_share[..., None])[..., 0], grad_gate, opened)
+        grad_outgoing = (grad_conserved_in[:, None] @ from_query)[:, 0]
+        grad_flow = torch.cat([grad_incoming, grad_outgoing]).mul_(inverse.square()).neg_()
+        grad_in, grad_out = grad_flow.chunk(2)
+        # what queries and keys add to the gradient of a pair, one beside the other: a single product for all
+        one = torch.ones_like(incoming)
+        by_query = torch.cat([grad_sums, torch.stack([grad_in, grad_conserved_in, one, incoming], 2)], 2)
+        by_key = torch.cat([weighted, torch.stack([one, outgoing, grad_out, grad_share], 2)], 2)
+        grad_products = torch.bmm(by_query, by_key.transpose(1, 2)).mul_(same)
+        # what eps adds: each query meets all keys of its sample and itself, and the other way round
+        grad_own = torch.stack([grad_out, grad_share, grad_in, grad_conserved_in])
+        of_keys_out, of_keys_share, of_queries_in, of_queries_conserved = grad_own @ same
+        grad_query = of_keys_out + incoming * of_keys_share + grad_in + grad_conserved_in
+        grad_key = of_queries_in + outgoing * of_queries_conserved + grad_out + grad_share
+        grad_both = torch.cat(
+            [
+                torch.baddbmm(grad_query[..., None], grad_products, k, beta=EPS),
+                torch.baddbmm(grad_key[..., None], grad_products.transpose(1, 2), q, beta=EPS),
+            ]
+        )
+        torch.ops.aten.sigmoid_backward.grad_input(grad_both, both, grad_input=grad_q_k)
+        return grad_rows.flatten(1).to(ctx.dtype), None, None
 
 
 def _heads(rows: Tensor, n_parts: int, n_heads: int) -> tuple[Tensor, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +104,7 @@ class CellPLMTrainingPlan(TrainingPlan):
         if unknown := [name for name in self.loss_kwargs if name not in signature(module.loss).parameters]:
             raise TypeError(f"plan_kwargs has {some(unknown)}, which the training plan does not take.")
         self._logged: tuple[Any, ...] = ()
+        self._kl_weight: float | None = None
         self.warmup = warmup
         self.final_lr = final_lr
         for name, share in (("warmup", warmup), ("final_lr", final_lr)):
@@ -145,7 +147,14 @@ class CellPLMTrainingPlan(TrainingPlan):
         super().validation_step(batch, batch_idx)
 
     def log(self, name: str, value: Any, **kwargs: Any) -> None:
-        """Log a value as the mean over the cells of the minibatch, which Lightning cannot tell from sparse counts."""
+        """Log a value as the mean over the cells of the minibatch, which Lightning cannot tell from sparse counts.
+
+        The weight of the KL divergence is logged where it changes and at the first minibatch of an epoch: it stays on record.
+        """
+        if name == "kl_weight":
+            if value == self._kl_weight and not self._is_first:
+                return
+            self._kl_weight = value
         super().log(name, value, **{"batch_size": self._n_cells, **kwargs})
 
     def log_dict(self, dictionary: Mapping[str, Any], **kwargs: Any) -> None:
@@ -174,7 +183,7 @@ class CellPLMTrainingPlan(TrainingPlan):
             self.fused_optimizer = False  # it would undo the scaling of gradients in its step, after they are clipped
         optimizer = self._optimizer_creator_fn(torch.optim.AdamW)(self.parameter_groups())
         n_steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.lr_share(step, n_steps))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(self.lr_share, n_steps=n_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(
