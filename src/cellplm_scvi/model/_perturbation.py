@@ -104,7 +104,7 @@ class PerturbationMixin(PerturbationTrainingMixin):
         adata, rows, genes, names = self._asked(adata, indices, gene_list)
         if perturbations is None:
             perturbations = self._perturbation["elements"]  # type: ignore[index]
-        asked = list(perturbations) if pd.api.types.is_list_like(perturbations) else [perturbations]
+        asked: list[Any] = list(perturbations) if pd.api.types.is_list_like(perturbations) else [perturbations]
         if not asked:
             raise ValueError("perturbations names none.")
         resolved = [self._resolve(name) for name in asked]
