@@ -23,29 +23,29 @@ def dropout(x: Tensor, rate: float, training: bool = True) -> Tensor:
 
 
 class _ByteDropout(torch.autograd.Function):
-    """Keeps the bytes, a quarter of what the mask would take, from one pass to the other."""
+    """Keeps a mask of bytes, a quarter of what one of numbers would take, from one pass to the other."""
 
     @staticmethod
     def forward(ctx, x: Tensor, threshold: int) -> Tensor:
         n = x.numel()
         draws = torch.empty(-(-n // 8), dtype=torch.int64).random_(-(2**63), None)
-        random_bytes = draws.view(torch.uint8)[:n].view(x.shape)
-        ctx.save_for_backward(random_bytes)
-        ctx.threshold = threshold
-        return _kept(x, random_bytes, threshold)
+        # bytes become 0 or 1 as bytes: a comparison is slower here
+        keep = draws.view(torch.uint8)[:n].view(x.shape).clamp_(threshold - 1, threshold).sub_(threshold - 1)
+        ctx.save_for_backward(keep)
+        ctx.scale = 256 / (256 - threshold)
+        return _kept(x, keep, ctx.scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        (random_bytes,) = ctx.saved_tensors
-        return _kept(grad, random_bytes, ctx.threshold), None
+        (keep,) = ctx.saved_tensors
+        return _kept(grad, keep, ctx.scale), None
 
 
-def _kept(x: Tensor, random_bytes: Tensor, threshold: int) -> Tensor:
-    """``x`` where bytes reach the threshold, scaled to the same expectation, else 0."""
-    # bytes become 0 or 1 as bytes: a comparison is slower here
-    keep = random_bytes.clamp(threshold - 1, threshold).sub_(threshold - 1).to(x.dtype)
-    return torch.addcmul(keep.new_zeros(()), keep, x, value=256 / (256 - threshold), out=keep)
+def _kept(x: Tensor, keep: Tensor, scale: float) -> Tensor:
+    """``x`` where ``keep`` is 1, times ``scale``, and 0 where it is 0."""
+    result = keep.to(x.dtype)
+    return torch.addcmul(result.new_zeros(()), result, x, value=scale, out=result)
 
 
 class Dropout(nn.Dropout):
