@@ -139,6 +139,25 @@ def test_an_annotation_that_is_absent_is_named_with_its_argument(tissues, argume
         SETUP(tissues, **{argument: "nothing"})
 
 
+@pytest.mark.parametrize("argument", ["batch_key", "layer", "spatial_key", "labels_key"])
+def test_several_names_for_one_key(tissues, argument):
+    with pytest.raises(TypeError, match=rf"{argument}=\['batch'\] must be one name"):
+        SETUP(tissues, **{argument: ["batch"]})
+
+
+def test_a_column_that_is_there_twice(tissues):
+    tissues.obs = pd.concat([tissues.obs, tissues.obs[["batch"]]], axis=1)
+    with pytest.raises(ValueError, match='batch_key="batch": adata.obs has 2 columns of this name'):
+        SETUP(tissues, batch_key="batch")
+
+
+def test_columns_of_scvi_tools_are_not_offered(tissues):
+    SETUP(tissues, batch_key="batch")
+    with pytest.raises(KeyError, match="which has ") as error:
+        SETUP(tissues, batch_key="donor")
+    assert "_scvi_" not in str(error.value)
+
+
 @pytest.mark.parametrize("missing", [np.nan, None, pd.NA])
 def test_categories_that_are_missing(tissues, missing):
     column = tissues.obs["batch"].astype(object)
@@ -193,9 +212,13 @@ def test_coordinates_of_the_wrong_form(make_tissues, change, error, message):
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [(np.inf, "2 cells have infinite coordinates"), (np.nan, "2 cells have coordinates of which only some are NaN")],
+    [
+        (np.inf, "2 cells have infinite coordinates"),
+        (np.nan, "2 cells have coordinates of which only some are NaN"),
+        (np.finfo(float).max, r"2 cells have coordinates beyond 1e\+150, whose distances cannot be computed"),
+    ],
 )
-def test_coordinates_that_are_not_finite(make_tissues, value, message):
+def test_coordinates_that_are_no_positions(make_tissues, value, message):
     adata = make_tissues(spatial=True)
     adata.obsm["spatial"][[4, 6], 0] = value
     with pytest.raises(ValueError, match=message + r' \(cells "cell4", "cell6"\)'):

@@ -187,6 +187,34 @@ def test_bad_new_data_are_refused(model):
         model.get_latent_representation(other)
 
 
+@pytest.mark.parametrize("known", [int, float, str, lambda names: names.astype(float).astype(str)])
+@pytest.mark.parametrize("given", [int, float, str, lambda names: names.astype(float).astype(str)])
+def test_batches_named_by_numbers_are_known_in_any_type(make_tissues, build, train, known, given):
+    def named(write):
+        adata = make_tissues()
+        codes = pd.Series(adata.obs["batch"].cat.codes, adata.obs_names)
+        adata.obs["batch"] = codes.astype(write) if isinstance(write, type) else write(codes)
+        return adata
+
+    model = train(build(named(known)), max_epochs=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*has not seen")
+        found = model.get_normalized_expression(named(given))
+    pd.testing.assert_frame_equal(found, model.get_normalized_expression())
+
+
+def test_two_names_are_not_taken_for_one(make_tissues, build, train):
+    adata = make_tissues()
+    adata.obs["batch"] = adata.obs["batch"].cat.codes.to_numpy()
+    model = train(build(adata), max_epochs=1)
+    other = make_tissues()
+    other.obs["batch"] = np.where(np.arange(other.n_obs) % 2, "1.0", "1")
+    with pytest.warns(
+        UserWarning, match=r'obs\["batch"\] has 1 category that the model has not seen \("1.0"\): 45 cells'
+    ):
+        model.get_normalized_expression(other)
+
+
 def test_coordinates_of_another_dimension(spatial_model, make_tissues):
     other = make_tissues(30, 30, spatial=True, n_dims=3)
     with pytest.raises(ValueError, match=r'obsm\["spatial"\] has 3 columns; the model was set up with 2'):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from numbers import Number
 from typing import Any
 
@@ -37,11 +38,21 @@ def as_categories(column: pd.Series) -> pd.Series:
 
 
 def named_as(known: np.ndarray, column: pd.Series) -> pd.Series:
-    """Categories under the names that the model knows, where only the type differs: 1, 1.0 and "1" are the same."""
+    """Categories under the names that the model knows, where only the type differs: 1, 1.0, "1" and "1.0" are the same."""
     names, there = column.cat.categories, set(known)
-    by_text = {as_text(name): name for name in known}
-    same = {name: by_text[as_text(name)] for name in names if name not in there and as_text(name) in by_text}
-    return column.cat.rename_categories({name: new for name, new in same.items() if new not in names})
+    renamed: dict[Any, Any] = {}
+    for write in (as_text, _as_whole_number):
+        by_text = {write(name): name for name in known}
+        for name in names.difference([*there, *renamed], sort=False):
+            new = by_text.get(write(name))
+            if new is not None and new not in names and new not in renamed.values():
+                renamed[name] = new
+    return column.cat.rename_categories(renamed)
+
+
+def _as_whole_number(name: Any) -> str:
+    """The name as text, "1" for "1.0", which is what a column of floats writes."""
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", as_text(name))
 
 
 class CovariateField(CategoricalObsField):

@@ -20,6 +20,8 @@ from anndata import AnnData
 from cellplm_scvi._compat import CSCDataset, CSRDataset
 
 CHUNK_ROWS = 4096
+#: squares of differences are finite in double precision
+LARGEST_COORDINATE = 1e150
 
 
 #: code between a user's line and a warning of ours, by where it lies
@@ -169,12 +171,19 @@ def dense(values: Any) -> np.ndarray:
 
 
 def check_column(adata: AnnData, key: str, argument: str) -> pd.Series:
-    """The column ``adata.obs[key]``; raise if it is absent."""
+    """The column ``adata.obs[key]``; raise if it is absent, or there twice."""
     if key not in adata.obs:
-        raise KeyError(
-            f'{argument}="{key}" is not a column of adata.obs, which has {some(list(adata.obs.columns), 12) or "none"}.'
-        )
-    return pd.Series(adata.obs[key])
+        columns = columns_of(adata.obs)
+        raise KeyError(f'{argument}="{key}" is not a column of adata.obs, which has {some(columns, 12) or "none"}.')
+    column = adata.obs[key]
+    if column.ndim > 1:
+        raise ValueError(f'{argument}="{key}": adata.obs has {column.shape[1]} columns of this name. Rename them.')
+    return pd.Series(column)
+
+
+def columns_of(obs: Any) -> list[object]:
+    """Columns of a user, without those of scvi-tools."""
+    return [name for name in obs.columns if not str(name).startswith("_scvi_")]
 
 
 def check_no_missing(column: pd.Series, key: str, before: str = "setup_anndata") -> None:
@@ -203,6 +212,9 @@ def check_coordinates(coordinates: np.ndarray, key: str, obs_names: pd.Index, n_
         return
     for what, bad in {
         "infinite coordinates": np.isinf(coordinates).any(1),
+        f"coordinates beyond {LARGEST_COORDINATE:g}, whose distances cannot be computed": (
+            (np.abs(coordinates, dtype=np.float64) > LARGEST_COORDINATE) & np.isfinite(coordinates)
+        ).any(1),
         "coordinates of which only some are NaN": np.isnan(coordinates).any(1) & ~np.isnan(coordinates).all(1),
     }.items():
         if bad.any():
@@ -220,8 +232,8 @@ def check_library_sizes(column: pd.Series, key: str) -> None:
     if bad.any():
         raise ValueError(
             f'obs["{key}"] is the library size of each cell, in counts: '
-            f"{counted(int(bad.sum()), 'value is', 'values are')} missing, negative or "
-            f"not numbers (cells {some(column.index[bad])})."
+            f"{counted(int(bad.sum()), 'value is', 'values are')} missing, negative or no "
+            f"number (cells {some(column.index[bad])})."
         )
 
 

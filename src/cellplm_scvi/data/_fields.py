@@ -5,6 +5,7 @@ Columns of ``obs`` that tell groups of cells are in ``_categories``.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
@@ -75,14 +76,14 @@ def report_genes(known: pd.Index, given: pd.Index, where: str = "this AnnData") 
         absent = known[~known.isin(given)]
         parts.append(
             f"{len(absent):,} of the model's {len(known):,} genes {'is' if len(absent) == 1 else 'are'} not in "
-            f"{where} ({some(absent)}) and count as not "
+            f"{where} ({some(absent)}) and {'counts' if len(absent) == 1 else 'count'} as not "
             "measured"
         )
     if n_shared < len(given):
         unknown = given[~given.isin(known)]
         parts.append(
             f"{len(unknown):,} of its genes {'is' if len(unknown) == 1 else 'are'} unknown to the model "
-            f"({some(unknown)}) and not used"
+            f"({some(unknown)}) and {'is' if len(unknown) == 1 else 'are'} not used"
         )
     if parts:
         few = " These are few: results may be poor." if n_shared < FEW_GENES * len(known) else ""
@@ -217,6 +218,21 @@ def make_fields(
     modalities: dict[str, str] | None = None,
 ) -> list[BaseAnnDataField]:
     """The fields for the arguments of ``setup_anndata``; with ``modalities`` those for a MuData."""
+    keys = {
+        "layer": layer,
+        "batch_key": batch_key,
+        "platform_key": platform_key,
+        "dataset_key": dataset_key,
+        "sample_key": sample_key,
+        "spatial_key": spatial_key,
+        "labels_key": labels_key,
+        "perturbation_key": perturbation_key,
+        "size_factor_key": size_factor_key,
+        "measured_genes_key": measured_genes_key,
+    }
+    for argument, key in keys.items():
+        if not isinstance(key, Hashable):
+            raise TypeError(f"{argument}={key!r} must be one name, not several.")
     if measured_genes_key is not None and dataset_key is None:
         raise ValueError("measured_genes_key says which genes each data set measured: pass dataset_key too.")
     mu = modalities is not None

@@ -170,6 +170,8 @@ class CellPLM(
         sizes |= {"n_components": n_components, "n_decoder_layers": n_decoder_layers, "max_context": max_context}
         sizes |= {"n_neighbours": n_neighbours} | ({"n_niche": n_niche} if n_niche else {})
         check_sizes(**sizes)
+        if not 0 <= dropout_rate < 1:
+            raise ValueError(f"dropout_rate={dropout_rate} is not a share of at least 0 and below 1.")
         if not niche_weight >= 0:
             raise ValueError(f"niche_weight={niche_weight} must not be negative.")
         categories = self._reference_sizes()
@@ -436,7 +438,7 @@ def check_totals(table: CellTable) -> None:
     totals = table.totals
     empty = totals == 0
     if empty.all():
-        raise ValueError("No cell has any count.")
+        raise ValueError("No cell has any count of the genes. Pass the layer that holds the counts, with `layer=`.")
     if empty.any():
         warn(
             f"{counted(int(empty.sum()), 'cell has', 'cells have')} no counts (cells {some(table.names[empty])}). "

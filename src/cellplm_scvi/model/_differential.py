@@ -15,7 +15,7 @@ from scvi import settings
 from scvi.utils import track
 
 from cellplm_scvi._compat import AnnOrMuData, compare_groups
-from cellplm_scvi.data._checks import CHUNK_ROWS, some
+from cellplm_scvi.data._checks import CHUNK_ROWS, columns_of, some
 
 from ._embedding import fixed_draws
 
@@ -180,7 +180,7 @@ def _comparisons(
         yield _Comparison(first, second, obs[[]].copy(), (None, None, None, first, None if idx2 is None else second))
         return
     if groupby not in obs:
-        raise KeyError(f'groupby="{groupby}" is not a column of adata.obs, which has {some(list(obs.columns), 12)}.')
+        raise KeyError(f'groupby="{groupby}" is not a column of adata.obs, which has {some(columns_of(obs), 12)}.')
     # compared with a name, a missing category is False, where that of a nullable column is missing
     column = obs[groupby].astype("category").cat.remove_unused_categories()
     groups = column.cat.categories.tolist()

@@ -15,7 +15,7 @@ from scvi import settings
 
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import AnnOrMuData
-from cellplm_scvi.data._checks import check_sizes, some, warn
+from cellplm_scvi.data._checks import check_sizes, counted, some, warn
 from cellplm_scvi.data._loader import CellDataset, CellLoader, RowSampler, SpatialInputs, whole_sample_loader
 from cellplm_scvi.data._streaming import InferenceLoader
 from cellplm_scvi.data._table import CellTable
@@ -95,8 +95,8 @@ class EmbeddingMixin:
             return np.empty(0, dtype=np.int64)
         if rows.ndim != 1 or rows.dtype.kind not in "iu":
             raise TypeError(
-                f"indices must be row numbers, one a cell, or a boolean mask, and is an array of {rows.dtype} of {rows.ndim} "
-                "dimensions; for names use `adata[names]`."
+                f"indices must be row numbers, one a cell, or a boolean mask, and is an array of {rows.dtype} of shape "
+                f"{rows.shape}; for names use `adata[names]`."
             )
         if rows.min() < -n_cells or rows.max() >= n_cells:
             raise IndexError(f"indices go from {rows.min()} to {rows.max()}; the AnnData has {n_cells:,} cells.")
@@ -149,7 +149,8 @@ class EmbeddingMixin:
                 mean[found] = outputs["qzm"].float().cpu().numpy()
                 variance[found] = outputs["qzv"].float().cpu().numpy()
         if empty:
-            warn(f"{empty:,} of the cells that were embedded have no counts of the model's genes; they say nothing.")
+            cells = counted(empty, "cell that was embedded has", "cells that were embedded have")
+            warn(f"{cells} no counts of the model's genes, and so nothing to say.")
         return mean, variance
 
     def _autocast(self, precision: Precision) -> torch.autocast:

@@ -163,8 +163,9 @@ class PerturbationMixin(PerturbationTrainingMixin):
         if absent:
             unknown = [name for name, found in zip(absent, genes_meant(absent).notna(), strict=True) if not found]
             if unknown:
+                within = "" if unknown == [as_text(perturbation)] else f'"{perturbation}": '
                 raise ValueError(
-                    f'"{perturbation}": {some(unknown)} is neither a perturbation of the training data ({some(seen)}) nor a gene.'
+                    f"{within}{some(unknown)} is neither a perturbation of the training data ({some(seen)}) nor a gene."
                 )
             warn(
                 f"{some(absent)}: perturbed in no training cell and not measured, so that nothing tells it from other genes. "
