@@ -56,7 +56,7 @@ class ExpressionMixin(RNASeqMixin, VAEMixin):
         transform_batch
             Category of the batch to decode every cell in; several are averaged; ``None`` decodes each cell in its own.
         gene_list
-            Genes to return; ``None`` is all that the AnnData shares with the model.
+            Genes to return, in the order of the AnnData; ``None`` is all that it shares with the model.
         library_size
             Counts that the expression of a cell adds up to, over the genes it measured, and with ``size_factor_key`` over those
             beyond the model too; ``"latent"`` is its own.
