@@ -255,7 +255,7 @@ def test_the_organism_of_the_reference_is_remembered(of_ids, tmp_path, way):
 
 
 def test_genes_are_said(reference, new_data):
-    with pytest.warns(UserWarning, match='1 of the model\'s 30 genes are not in this AnnData \\("gene0"\\)'):
+    with pytest.warns(UserWarning, match='1 of the model\'s 30 genes is not in this AnnData \\("gene0"\\)'):
         CellPLM.load_query_data(new_data, reference, accelerator="cpu")
 
 

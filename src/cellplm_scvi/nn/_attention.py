@@ -14,7 +14,7 @@ from ._dropout import dropout
 from ._flow import EPS, flow_attention, flow_attention_of_pairs
 from ._sparse import CACHE_ENTRIES
 
-#: cells of several samples among which pairs are fewer operations than sums over samples
+#: cells of several samples among which, in training, pairs are fewer operations than sums over samples
 FEW_CELLS = 192
 
 
@@ -222,7 +222,8 @@ class FlowAttention(GlobalAttention):
             # its matrices of n_hidden x n_hidden pay where there are cells enough
             if packing.n_samples == 1 and 2 * x.shape[0] >= x.shape[1]:
                 return flow_attention(x, self.qkv, self.out, self.n_heads)
-            if packing.n_samples > 1 and x.shape[0] <= FEW_CELLS:
+            # in training alone: an embedding must not change a bit with the samples that are computed beside it
+            if self.training and packing.n_samples > 1 and x.shape[0] <= FEW_CELLS:
                 return self.out(flow_attention_of_pairs(self.qkv(x), packing.same, self.n_heads))
         return super().mix(x, packing)
 
