@@ -292,10 +292,14 @@ class FewEpochs(Callback):
         """Stop after the last."""
         trainer.should_stop = len(self.starts) >= self.n_epochs
 
+    @property
+    def epoch(self) -> float:
+        """Seconds of an epoch, the median."""
+        return float(np.median(np.diff(self.starts)))
+
     def seconds_of_all(self, seconds: float) -> float:
         """Return how long all epochs take, of the ``seconds`` that these and what is around them took."""
-        epoch = float(np.median(np.diff(self.starts)))
-        return seconds + epoch * (self.n_planned - self.n_epochs)
+        return seconds + self.epoch * (self.n_planned - self.n_epochs)
 
 
 def time_training(args: argparse.Namespace, options: Options, results: ResultFile) -> None:
@@ -305,17 +309,15 @@ def time_training(args: argparse.Namespace, options: Options, results: ResultFil
         adata = load_task(args.data, name)
         for repeat in range(args.repeats + 1):  # the first warms up
             for method in methods:
+                row: Row = {"dataset": name, "method": method, "repeat": repeat}
+                row |= {"kwargs": method_kwargs(method, options)}
+                if row in results:
+                    continue
                 few = FewEpochs(args.epochs)
                 _, seconds = timed(partial(FITS[method], adata.copy(), repeat, options, callbacks=[few]))
                 if not repeat:
                     continue
-                row: Row = {
-                    "dataset": name,
-                    "method": method,
-                    "repeat": repeat,
-                    "kwargs": method_kwargs(method, options),
-                }
-                row |= {"epochs": few.n_planned, "epoch": round(float(np.median(np.diff(few.starts))), 4)}
+                row |= {"epochs": few.n_planned, "epoch": round(few.epoch, 4)}
                 row |= {"seconds": round(few.seconds_of_all(seconds), 1), "contended": args.contended}
                 row |= {"threads": options.threads, "accelerator": options.accelerator, "versions": versions(*PACKAGES)}
                 results.append(row)

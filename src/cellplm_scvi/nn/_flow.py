@@ -132,7 +132,7 @@ def flow_attention_of_pairs(qkv: Tensor, same: Tensor, n_heads: int) -> Tensor:
     The formulas are those of :meth:`cellplm_scvi.nn.FlowAttention.attend`, written with
     :math:`S_{ij} = \phi(q_i) \cdot \phi(k_j)`, 0 where i and j are of different samples: incoming and outgoing flow are its sums over
     rows and columns, and the result is a product with it. For so few cells that all their pairs are a small matrix, this
-    takes a third of the operations, whose number then is what takes time.
+    takes fewer operations, whose number then is what takes time.
 
     Parameters
     ----------
