@@ -35,12 +35,11 @@ def default_batch_size(n_cells: int, *, spatial: bool) -> int:
 def default_max_epochs(n_cells: int, n_batches: int, *, spatial: bool) -> int:
     """Epochs: 4,800 optimiser steps, and for many cells 2,400 times the square root of their tens of thousands.
 
-    Where there are neighbours to predict, 2,400: more only take from what tells cell types apart. At most 300 epochs, which
-    takes no longer than the 400 of scVI; up to 400 where these are not even half the steps.
+    Where there are neighbours to predict, 2,400: more only take from what tells cell types apart. At most 200 epochs: of
+    some hundred or thousand cells, more lose types and clusters to what single cells have.
     """
     n_steps = max(2_400 if spatial else 4_800, 2_400 * (n_cells / 10_000) ** 0.5)
-    epochs = n_steps / max(n_batches, 1)
-    return max(1, math.ceil(min(epochs, max(300, min(400, epochs / 2)))))
+    return max(1, math.ceil(min(n_steps / max(n_batches, 1), 200)))
 
 
 def default_inference_batch_size(n_hidden: int, device_type: str) -> int:
