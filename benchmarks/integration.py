@@ -60,11 +60,14 @@ class Task:
         ``None`` keeps all genes.
     n_cells
         Size of the subset of cells, stratified by batch and independent of the seed; ``None`` keeps all cells.
+    dataset
+        Data set, where it is not called like the task.
     """
 
     batch_key: str
     n_top_genes: int | None = None
     n_cells: int | None = None
+    dataset: str | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ TASKS = {
     "pbmc_3chemistries_symphony": Task("batch"),
     "kang2018_ifnb_stim_ctrl": Task("condition", n_top_genes=2000),
     "kang2018_ctrl_8donors": Task("batch", n_cells=4000),
+    "700 of kang2018_ifnb_stim_ctrl": Task("condition", 2000, 700, dataset="kang2018_ifnb_stim_ctrl"),
+    "700 of pbmc_3chemistries_symphony": Task("batch", None, 700, dataset="pbmc_3chemistries_symphony"),
 }
 
 
@@ -92,7 +97,7 @@ def load_task(folder: Path, name: str, *, confounded: bool = False) -> ad.AnnDat
     first, and the second and fourth in the others.
     """
     task = TASKS[name]
-    adata = read_dataset(folder, name)
+    adata = read_dataset(folder, task.dataset or name)
     adata.obs[BATCH] = adata.obs[task.batch_key].astype(str).astype("category")
     if task.n_cells is not None:
         kept, _ = train_test_split(
