@@ -418,8 +418,13 @@ def test_a_view_is_set_up(tissues, train):
             '"gex" is not a modality of the MuData, which has "rna", "adt"',
         ),
         ({"modalities": {"rna_layer": "rna"}, "batch_key": "no"}, KeyError, 'batch_key="no" is not a column'),
+        (
+            {"modalities": {"rna_layer": "rna"}, "batch_key": "batch"},
+            KeyError,
+            'Modality "rna" has it: pass modalities={"batch_key": "rna"}',
+        ),
     ],
-    ids=["none", "unknown", "column"],
+    ids=["none", "unknown", "column", "column of a modality"],
 )
 def test_mudata_that_is_set_up_wrongly(tissues, arguments, error, message):
     protein = AnnData(np.ones((tissues.n_obs, 3), np.float32), obs=tissues.obs[[]])

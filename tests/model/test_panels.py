@@ -9,9 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import scvi
+import torch
 from anndata import AnnData
 
 from cellplm_scvi import CellPLM, CellPLMAnnotator
+from cellplm_scvi.data._contexts import rows_by_sample
+from cellplm_scvi.data._nearest import nearest_cells
+from cellplm_scvi.data._table import CellTable
 
 TINY: dict[str, Any] = {"n_hidden": 16, "n_layers": 1, "n_heads": 2, "n_latent": 4, "n_components": 3}
 
@@ -53,6 +57,27 @@ def test_counts_outside_of_the_panel_change_nothing(with_panels, build, train):
     trained = train(build(spoilt, PANEL))
     for ours, theirs in zip(trained.module.parameters(), model.module.parameters(), strict=True):
         np.testing.assert_allclose(ours.detach(), theirs.detach(), atol=1e-5)
+
+
+def test_neighbours_that_measured_other_genes_have_no_sum(sections, build, train):
+    lacking = np.arange(sections.n_obs) % 3 == 0  # in every sample
+    names = np.where(lacking, "part", np.where(np.arange(sections.n_obs) % 2 == 0, "whole", "also whole"))
+    sections.obs["of"] = pd.Categorical(names)
+    table = {"part": np.arange(sections.n_vars) < 20, "whole": True, "also whole": True}
+    sections.varm["panel"] = pd.DataFrame(table, index=sections.var_names)
+    model = train(build(sections, {"dataset_key": "of", "measured_genes_key": "panel", "spatial_key": "spatial"}))
+    assert np.isfinite(model.history["niche_loss_train"].to_numpy(dtype=float)).all()
+    for parameter in model.module.niche.parameters():
+        assert torch.isfinite(parameter).all()
+
+    cells = CellTable.from_manager(model.adata_manager)
+    niche = nearest_cells(cells, rows_by_sample(cells.sample, np.arange(cells.n_cells)), 4, 16).niche
+    of, near = np.nonzero(niche >= 0)
+    assert (lacking[of] == lacking[niche[of, near]]).all()
+    assert {(names[i], names[j]) for i, j in zip(of, niche[of, near], strict=True)} >= {
+        ("whole", "also whole"),
+        ("part",) * 2,
+    }
 
 
 @pytest.mark.parametrize("mode", ["change", "vanilla"])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,11 @@ LARGEST_COORDINATE = 1e150
 
 
 #: code between a user's line and a warning of ours, by where it lies
-NOT_USERS = (str(Path(__file__).parents[1]), *(p for module in (lightning, scvi, torch) for p in module.__path__))
+NOT_USERS = (
+    str(Path(__file__).parents[1]),
+    contextlib.__file__,
+    *(path for module in (lightning, scvi, torch) for path in module.__path__),
+)
 
 
 def warn(message: str) -> None:
@@ -155,7 +160,7 @@ def check_names(adata: AnnData) -> None:
 def check_sizes(**sizes: int) -> None:
     """Raise if a size is not a positive whole number."""
     for name, size in sizes.items():
-        if not isinstance(size, Real) or not 1 <= size < np.inf or int(size) != size:
+        if not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
             raise ValueError(f"{name}={size!r} must be a positive whole number.")
 
 
@@ -174,7 +179,12 @@ def check_column(adata: AnnData, key: str, argument: str) -> pd.Series:
     """The column ``adata.obs[key]``; raise if it is absent, or there twice."""
     if key not in adata.obs:
         columns = columns_of(adata.obs)
-        raise KeyError(f'{argument}="{key}" is not a column of adata.obs, which has {some(columns, 12) or "none"}.')
+        # of MuData, a column may be that of a modality
+        within = [name for name, part in getattr(adata, "mod", {}).items() if key in part.obs]
+        hint = f' Modality "{within[0]}" has it: pass modalities={{"{argument}": "{within[0]}"}}.' if within else ""
+        raise KeyError(
+            f'{argument}="{key}" is not a column of adata.obs, which has {some(columns, 12) or "none"}.{hint}'
+        )
     column = adata.obs[key]
     if column.ndim > 1:
         raise ValueError(f'{argument}="{key}": adata.obs has {column.shape[1]} columns of this name. Rename them.')

@@ -67,7 +67,8 @@ def nearest_cells(table: CellTable, samples: Sequence[np.ndarray], n_neighbours:
     samples
         Rows of each sample.
     n_neighbours, n_niche
-        Most cells that a cell attends to, and whose counts are summed; no more than the largest sample has take memory.
+        Most cells that a cell attends to, and whose counts are summed, if they measured the same genes; no more than the
+        largest sample has take memory.
     """
     samples = [rows[located(table.coordinates, rows)] for rows in samples]
     most = max([2, *(rows.shape[0] for rows in samples)]) - 1
@@ -88,8 +89,19 @@ def nearest_cells(table: CellTable, samples: Sequence[np.ndarray], n_neighbours:
         found.index[rows, : near.shape[1]] = np.where(near >= 0, rows[near], -1)
         found.distance[rows, : near.shape[1]] = np.where(near >= 0, far / sample.unit, 0.0)
         near, _ = sample.nearest(n_niche)
-        found.niche[rows, : near.shape[1]] = np.where(near >= 0, rows[near], -1)
+        found.niche[rows, : near.shape[1]] = np.where(
+            (near >= 0) & _same_genes(table, rows[near], rows), rows[near], -1
+        )
     return found
+
+
+def _same_genes(table: CellTable, near: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Where cells near these measured the same genes, (n_cells, n_near): only their counts have a sum."""
+    if table.measured is None or table.panel is None:
+        return np.ones(near.shape, dtype=bool)
+    _, kind = np.unique(table.measured, axis=0, return_inverse=True)
+    kind = kind.ravel()[table.panel]
+    return kind[near] == kind[rows, None]
 
 
 class _Sample:

@@ -31,7 +31,8 @@ class SampleSplitter(pl.LightningDataModule):
     adata_manager
         Manager of a registered AnnData.
     train_size, validation_size
-        Shares; the rest is the test set. ``validation_size=None`` is everything that is not training.
+        Shares; the rest is the test set. ``train_size=None`` is 0.9, or what a larger ``validation_size`` leaves, and
+        ``validation_size=None`` everything that is not training.
     shuffle_set_split
         Whether to draw the split at random; otherwise validation comes first, then training, then test.
     batch_size
@@ -66,6 +67,10 @@ class SampleSplitter(pl.LightningDataModule):
     ):
         super().__init__()
         check_sizes(batch_size=batch_size, **({} if context_size is None else {"context_size": context_size}))
+        if "drop_last" in loader_kwargs:
+            raise TypeError(
+                'datasplitter_kwargs has "drop_last", but no cell is left out of a minibatch of whole samples.'
+            )
         if unknown := [name for name in loader_kwargs if name not in LOADER_ARGUMENTS]:
             raise TypeError(
                 f"datasplitter_kwargs has {some(unknown)}, which neither SampleSplitter nor DataLoader takes."
@@ -176,7 +181,7 @@ def split_units(
 
     With ``one``, at least one of several units is for validation where a share of them was to be.
     """
-    train = 0.9 if train_size is None else train_size
+    train = min(0.9, 1 - (validation_size or 0)) if train_size is None else train_size
     if not 0 < train <= 1:
         raise ValueError(f"train_size is {train}; it is a share in (0, 1].")
     validation = 1 - train if validation_size is None else validation_size

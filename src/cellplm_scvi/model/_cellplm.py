@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -134,7 +135,7 @@ class CellPLM(
         n_decoder_layers: int = 1,
         n_neighbours: int = 32,
         n_niche: int = 16,
-        niche_weight: float = 0.2,
+        niche_weight: float = 0.4,
         masking: bool = True,
         input_normalization: str = "library",
         max_context: int = 8192,
@@ -172,10 +173,10 @@ class CellPLM(
         sizes |= {"n_components": n_components, "n_decoder_layers": n_decoder_layers, "max_context": max_context}
         sizes |= {"n_neighbours": n_neighbours} | ({"n_niche": n_niche} if n_niche else {})
         check_sizes(**sizes)
-        if not 0 <= dropout_rate < 1:
-            raise ValueError(f"dropout_rate={dropout_rate} is not a share of at least 0 and below 1.")
-        if not niche_weight >= 0:
-            raise ValueError(f"niche_weight={niche_weight} must not be negative.")
+        if not isinstance(dropout_rate, Real) or not 0 <= dropout_rate < 1:
+            raise ValueError(f"dropout_rate={dropout_rate!r} is not a share of at least 0 and below 1.")
+        if not isinstance(niche_weight, Real) or not niche_weight >= 0:
+            raise ValueError(f"niche_weight={niche_weight!r} must be a number that is not negative.")
         categories = self._reference_sizes()
         target_sum, gene_shares, fold_changes = 1e4, None, None
         if adata is not None:

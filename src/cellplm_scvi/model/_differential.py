@@ -159,8 +159,12 @@ def _comparisons(
 
     def members(name: str, cells: Any) -> np.ndarray:
         if isinstance(cells, str):
-            # by number: names may repeat
-            cells = obs.assign(**{ROW: np.arange(len(obs))}).query(cells)[ROW]
+            try:
+                # by number: names may repeat
+                cells = obs.assign(**{ROW: np.arange(len(obs))}).query(cells)[ROW]
+            except Exception as error:  # whatever pandas raises
+                columns = some(columns_of(obs), 12) or "none"
+                raise ValueError(f"{name}={cells!r} is no query of adata.obs, which has {columns}: {error}") from error
         mask = np.zeros(len(obs), dtype=bool)
         try:
             mask[rows_of(cells if isinstance(cells, pd.Series) else np.asarray(cells).ravel())] = True
@@ -180,7 +184,12 @@ def _comparisons(
         yield _Comparison(first, second, obs[[]].copy(), (None, None, None, first, None if idx2 is None else second))
         return
     if groupby not in obs:
-        raise KeyError(f'groupby="{groupby}" is not a column of adata.obs, which has {some(columns_of(obs), 12)}.')
+        raise KeyError(
+            f'groupby="{groupby}" is not a column of adata.obs, which has {some(columns_of(obs), 12) or "none"}. '
+            "MuData get those of their modalities by `mdata.pull_obs()`."
+        )
+    if group2 is not None and not isinstance(group2, str) and np.iterable(group2):
+        raise TypeError(f"group2={group2!r} is one group. For the cells of several, pass idx1 and idx2.")
     # compared with a name, a missing category is False, where that of a nullable column is missing
     column = obs[groupby].astype("category").cat.remove_unused_categories()
     groups = column.cat.categories.tolist()
@@ -194,7 +203,10 @@ def _comparisons(
         second = ~first if group2 is None else (column == group2).to_numpy()
         for group, cells in ((name, first), (group2, second)):
             if not cells.any():
-                raise ValueError(f'obs["{groupby}"] has no cell of the group "{group}"; it has {some(groups)}.')
+                # quotes tell "1" from 1
+                wanted, *known = (f'"{x}"' if isinstance(x, str) else str(x) for x in (group, *groups[:4]))
+                there = ", ".join(known[:3]) + (", ..." if len(groups) > 3 else "")
+                raise ValueError(f'obs["{groupby}"] has no cell of the group {wanted}; it has {there}.')
         yield _Comparison(first, second, column.to_frame(), (groupby, [name], group2, None, None))
 
 

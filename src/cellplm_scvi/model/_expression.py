@@ -199,6 +199,7 @@ class ExpressionMixin(RNASeqMixin, VAEMixin):
                 )
         import sparse
 
+        check_sizes(n_samples=n_samples)
         _check_some_cells(adata, indices)
         adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
         manager = self.get_anndata_manager(adata, required=True)  # type: ignore[attr-defined]
