@@ -67,7 +67,7 @@ class CellPLM(
     n_heads
         Attention heads.
     n_latent
-        Dimensions of the embedding; ``None``: from the number of cells, and more where it learns to predict neighbours.
+        Dimensions of the embedding; ``None``: from the number of cells.
     n_components
         Components of the mixture prior.
     dropout_rate
@@ -166,9 +166,7 @@ class CellPLM(
         n_cells = self.summary_stats.n_cells
         n_hidden = default_hidden(n_cells) if n_hidden is None else n_hidden
         n_layers = default_layers(n_cells) if n_layers is None else n_layers
-        n_dims = states[c.COORDINATES_KEY]["n_dims"] if c.COORDINATES_KEY in states else 0
-        self._n_niche = n_niche if n_dims and position == "local" and niche_weight > 0 else 0
-        n_latent = default_latent(n_cells, spatial=self._n_niche > 0) if n_latent is None else n_latent
+        n_latent = default_latent(n_cells) if n_latent is None else n_latent
         sizes = {"n_hidden": n_hidden, "n_layers": n_layers, "n_heads": n_heads, "n_latent": n_latent}
         sizes |= {"n_components": n_components, "n_decoder_layers": n_decoder_layers, "max_context": max_context}
         sizes |= {"n_neighbours": n_neighbours} | ({"n_niche": n_niche} if n_niche else {})
@@ -185,6 +183,8 @@ class CellPLM(
             target_sum, gene_shares, fold_changes = from_statistics(registry.corpus.starting_point())
         if fold_changes is not None and len(fold_changes) != categories[c.BATCH_KEY]:
             fold_changes = None  # a saved model that meets other batches, and whose weights are loaded in a moment
+        n_dims = states[c.COORDINATES_KEY]["n_dims"] if c.COORDINATES_KEY in states else 0
+        self._n_niche = n_niche if n_dims and position == "local" and niche_weight > 0 else 0
         self.module = self._module_cls(
             n_genes,
             # a covariate of a single category has nothing to say

@@ -21,9 +21,9 @@ def default_layers(n_cells: int) -> int:
     return 2 if n_cells < 1_000_000 else 4
 
 
-def default_latent(n_cells: int, *, spatial: bool) -> int:
-    """Dimensions of the embedding; of few, the neighbourhood takes from what tells cell types apart."""
-    return 64 if spatial or n_cells >= 1_000_000 else 32
+def default_latent(n_cells: int) -> int:
+    """Dimensions of the embedding."""
+    return 32 if n_cells < 1_000_000 else 64
 
 
 def default_batch_size(n_cells: int, *, spatial: bool) -> int:
