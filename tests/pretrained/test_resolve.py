@@ -85,7 +85,7 @@ def test_name_without_the_package(monkeypatch: Any) -> None:
 @pytest.fixture
 def offline(monkeypatch: Any, tmp_path: Path) -> Path:
     """The hub's client in its offline mode; an empty cache."""
-    constants = pytest.importorskip("huggingface_hub").constants
+    constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     return tmp_path / "cache"
 
