@@ -99,14 +99,14 @@ def load_task(folder: Path, name: str, *, confounded: bool = False) -> ad.AnnDat
     task = TASKS[name]
     adata = read_dataset(folder, task.dataset or name)
     adata.obs[BATCH] = adata.obs[task.batch_key].astype(str).astype("category")
+    if task.n_top_genes is not None:
+        sc.pp.highly_variable_genes(adata, n_top_genes=task.n_top_genes, flavor="seurat_v3", batch_key=BATCH)
+        adata = adata[:, adata.var["highly_variable"]].copy()
     if task.n_cells is not None:
         kept, _ = train_test_split(
             np.arange(adata.n_obs), train_size=task.n_cells, stratify=adata.obs[BATCH], random_state=0
         )
         adata = adata[np.sort(kept)].copy()
-    if task.n_top_genes is not None:
-        sc.pp.highly_variable_genes(adata, n_top_genes=task.n_top_genes, flavor="seurat_v3", batch_key=BATCH)
-        adata = adata[:, adata.var["highly_variable"]].copy()
     if confounded:
         batches, keep = adata.obs[BATCH].cat.categories, np.ones(adata.n_obs, dtype=bool)
         for i, label in enumerate(adata.obs[LABEL].value_counts().index[:4]):
