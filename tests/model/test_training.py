@@ -456,7 +456,7 @@ def test_what_was_changed_since_it_was_set_up_is_noticed(make_tissues, build, tr
 
 
 def test_a_weight_of_the_neighbourhood_is_not_negative(make_tissues, build):
-    with pytest.raises(ValueError, match="niche_weight=-1 must not be negative"):
+    with pytest.raises(ValueError, match="niche_weight=-1 must be a number that is not negative"):
         build(make_tissues(spatial=True), niche_weight=-1)
 
 
