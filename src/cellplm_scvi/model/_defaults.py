@@ -35,8 +35,8 @@ def default_batch_size(n_cells: int, *, spatial: bool) -> int:
 def default_max_epochs(n_cells: int, n_batches: int, *, spatial: bool) -> int:
     """Epochs: 4,800 optimiser steps, and for many cells 2,400 times the square root of their tens of thousands.
 
-    Where there are neighbours to predict, 2,400: more only take from what tells cell types apart. At most 200 epochs: of
-    some hundred or thousand cells, more lose types and clusters to what single cells have.
+    Where there are neighbours to predict, 2,400: more only take from what tells cell types apart. At most 200 epochs: with
+    more, types of few cells lie less far apart.
     """
     n_steps = max(2_400 if spatial else 4_800, 2_400 * (n_cells / 10_000) ** 0.5)
     return max(1, math.ceil(min(n_steps / max(n_batches, 1), 200)))
