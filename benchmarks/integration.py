@@ -86,7 +86,6 @@ TASKS = {
     "kang2018_ifnb_stim_ctrl": Task("condition", n_top_genes=2000),
     "kang2018_ctrl_8donors": Task("batch", n_cells=4000),
     "700 of kang2018_ifnb_stim_ctrl": Task("condition", 2000, 700, dataset="kang2018_ifnb_stim_ctrl"),
-    "700 of pbmc_3chemistries_symphony": Task("batch", None, 700, dataset="pbmc_3chemistries_symphony"),
 }
 
 
