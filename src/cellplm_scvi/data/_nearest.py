@@ -78,6 +78,7 @@ def nearest_cells(table: CellTable, samples: Sequence[np.ndarray], n_neighbours:
         distance=np.zeros((table.n_cells, n_neighbours), dtype=np.float32),
         niche=np.full((table.n_cells, n_niche), -1, dtype=np.int64),
     )
+    genes = _genes_measured(table)
     for rows in samples:
         if rows.shape[0] < 2:
             continue
@@ -89,19 +90,17 @@ def nearest_cells(table: CellTable, samples: Sequence[np.ndarray], n_neighbours:
         found.index[rows, : near.shape[1]] = np.where(near >= 0, rows[near], -1)
         found.distance[rows, : near.shape[1]] = np.where(near >= 0, far / sample.unit, 0.0)
         near, _ = sample.nearest(n_niche)
-        found.niche[rows, : near.shape[1]] = np.where(
-            (near >= 0) & _same_genes(table, rows[near], rows), rows[near], -1
-        )
+        summed = (near >= 0) & (genes[rows[near]] == genes[rows, None])
+        found.niche[rows, : near.shape[1]] = np.where(summed, rows[near], -1)
     return found
 
 
-def _same_genes(table: CellTable, near: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Where cells near these measured the same genes, (n_cells, n_near): only their counts have a sum."""
+def _genes_measured(table: CellTable) -> np.ndarray:
+    """A number a cell, (n_cells,), the same for cells that measured the same genes: only their counts have a sum."""
     if table.measured is None or table.panel is None:
-        return np.ones(near.shape, dtype=bool)
-    _, kind = np.unique(table.measured, axis=0, return_inverse=True)
-    kind = kind.ravel()[table.panel]
-    return kind[near] == kind[rows, None]
+        return np.zeros(table.n_cells, dtype=np.int64)
+    _, number = np.unique(table.measured, axis=0, return_inverse=True)
+    return number.ravel()[table.panel]
 
 
 class _Sample:
