@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from copy import deepcopy
+from typing import Any
 
 from anndata.abc import CSCDataset, CSRDataset
 from lightning.pytorch.loggers.tensorboard import _TENSORBOARD_AVAILABLE as HAS_TENSORBOARD
 from scvi._types import AnnOrMuData
 from scvi.data import AnnDataManager
+from scvi.data._constants import _MANAGER_UUID_KEY as MANAGER_UUID_KEY
 from scvi.data._constants import _SCVI_UUID_KEY as SCVI_UUID_KEY
 from scvi.data._utils import _check_if_view
 from scvi.model._utils import parse_device_args
@@ -37,6 +39,35 @@ def check_view(adata: AnnOrMuData) -> None:
         )
 
 
+class DataManager(AnnDataManager):
+    """A manager that a failed registration leaves as it was.
+
+    By itself it forgets its data first, and a model whose data another one has registered since could not even be saved.
+    """
+
+    def register_fields(self, adata: AnnOrMuData, source_registry: dict | None = None, **kwargs: Any) -> None:
+        try:
+            super().register_fields(adata, source_registry, **kwargs)
+        except BaseException:
+            if MANAGER_UUID_KEY in adata.uns:  # some codes may be written already: whoever is next writes all
+                adata.uns[MANAGER_UUID_KEY] = ""
+            raise
+
+    def validate(self) -> None:
+        adata, registry = self.adata, self._registry  # type: ignore[has-type]
+        if adata is None or adata.uns[MANAGER_UUID_KEY] == self.id:
+            super().validate()
+            return
+        before = deepcopy(registry)
+        try:
+            super().validate()
+        except BaseException:
+            self.adata = adata
+            registry.clear()  # models hold it too
+            registry.update(before)
+            raise
+
+
 def keep_registration(manager: AnnDataManager) -> None:
     """Let a manager that registers its data again, after another one did, know what it found the first time.
 
@@ -49,6 +80,7 @@ __all__ = [
     "HAS_TENSORBOARD",
     "SCVI_UUID_KEY",
     "AnnOrMuData",
+    "DataManager",
     "CSCDataset",
     "CSRDataset",
     "SimpleLogger",

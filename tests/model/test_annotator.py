@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import anndata
 import numpy as np
 import pandas as pd
@@ -269,7 +271,7 @@ def test_a_mapped_query_trains_its_codes_alone(annotator, labelled, train):
         query.predict(labelled.adata, soft=True), annotator.predict(soft=True), check_exact=True
     )
     for fine_tune in (False, True):
-        with pytest.raises(ValueError, match="Labels of at least two classes"):
+        with pytest.raises(ValueError, match="Labels of at least two of the classes"):
             query.train(fine_tune=fine_tune)
     new.obs["label"] = labelled.adata.obs["cell_type"].to_numpy()
     again = CellPLMAnnotator.load_query_data(new.copy(), annotator, accelerator="cpu")
@@ -346,3 +348,90 @@ def test_mistakes(labelled, build, tissues: AnnData):
     CellPLMAnnotator.setup_anndata(tissues)
     with pytest.raises(ValueError, match="needs labels"):
         CellPLMAnnotator(tissues)
+
+
+@pytest.mark.parametrize("word", ["type0", "?"])
+@pytest.mark.parametrize("way", ["query", "folder", "set-up"])
+def test_a_query_with_another_word_for_no_label(annotator, labelled, make_tissues, tmp_path, word, way):
+    new = make_tissues(60, seed=5)
+    new.obs["sample"] = "new"
+    new.obs["label"] = [word, "type1", "type2"] * 20
+    expected = annotator.predict(new.copy(), soft=True)
+    if way == "folder":
+        annotator.save_pretrained(tmp_path / "model")
+        query = CellPLMAnnotator.from_pretrained(tmp_path / "model", new, unlabeled_category=word)
+    elif way == "query":
+        query = CellPLMAnnotator.load_query_data(new, annotator, batch_key="sample", unlabeled_category=word)
+    else:
+        CellPLMAnnotator.setup_anndata(new, batch_key="sample", labels_key="label", unlabeled_category=word)
+        query = CellPLMAnnotator.load_query_data(new, annotator)
+    assert list(query.classes) == list(annotator.classes)
+    assert query.unlabeled_category == "nobody knows"
+    pd.testing.assert_frame_equal(query.predict(soft=True), expected, rtol=1e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # the word is no class that would be foreign
+        query.train(fine_tune=False)
+
+
+def test_an_annotator_of_a_mapped_query_learns_labels(labelled, make_tissues, train):
+    new = make_tissues(90, seed=5)
+    new.obs["sample"] = "new"
+    query = train(CellPLM.load_query_data(new, labelled, batch_key="sample"))
+    annotator = CellPLMAnnotator.from_cellplm(query, "cell_type")
+    annotator.train()
+    assert f1_score(new.obs["cell_type"], annotator.predict(), average="macro") > 0.9
+
+
+def test_classes_of_few_cells_in_many_samples():
+    labels, groups = np.array([0, 0, 1, 1, *[2] * 30]), np.array([0, 1, 2, 3, *[4] * 30])
+    for train, test in make_folds(labels, groups, 0):
+        assert np.intersect1d(train, test).size == 0
+        assert train.size + test.size == labels.size
+        assert test.size
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"label_weight": -1, "fine_tune": True}, ValueError, "label_weight=-1 must be"),
+        ({"label_weight": float("nan"), "fine_tune": True}, ValueError, "label_weight=nan must be"),
+        ({"label_weight": "20", "fine_tune": True}, ValueError, "label_weight='20' must be"),
+        ({"held_out": "a", "fine_tune": True}, ValueError, "held_out='a' must be"),
+        ({"label_weight": 5.0}, ValueError, '"label_weight": the frozen backbone is not trained'),
+        ({"held_out": 0.3}, ValueError, '"held_out": the frozen backbone is not trained'),
+        ({"fine_tune": "yes"}, TypeError, "fine_tune='yes' must be"),
+    ],
+)
+def test_options_of_training_that_mean_nothing(labelled, options, error, message):
+    annotator = CellPLMAnnotator.from_cellplm(labelled, "label")
+    with pytest.raises(error, match=message):
+        annotator.train(**options)
+
+
+def test_a_head_does_not_outlive_its_network(labelled, train):
+    annotator = CellPLMAnnotator.from_cellplm(labelled, "label")
+    annotator.train()
+    with pytest.raises(RuntimeError, match="diverged"):
+        train(annotator, max_epochs=4, fine_tune=True, plan_kwargs={"lr": 1e9})
+    with pytest.raises(ValueError, match="not trained"):
+        annotator.predict()
+
+
+def test_cells_that_are_all_the_same(make_tissues, build, train):
+    adata = make_tissues(60)
+    adata.X = sp.csr_matrix(np.tile(adata.X[:1].toarray(), (60, 1)))
+    annotator = CellPLMAnnotator.from_cellplm(train(build(adata)), "cell_type")
+    annotator.train()
+    assert np.isfinite(annotator.predict(soft=True).to_numpy()).all()
+
+
+def test_where_labels_are_looked_for(labelled):
+    annotator = CellPLMAnnotator.from_cellplm(labelled, "label")
+    column = labelled.adata.obs.pop("label")
+    with pytest.raises(ValueError, match=r'\("type0", "type1", "type2"\) are needed .* obs\["label"\] has none'):
+        annotator.train()
+    labelled.adata.obs["label"] = column
+    with pytest.raises(TypeError, match="model is of type str"):
+        CellPLMAnnotator.from_cellplm("folder", "label")
+    with pytest.raises(TypeError, match="labels_key=.* must be one name"):
+        CellPLMAnnotator.from_cellplm(labelled, ["label"])

@@ -364,3 +364,40 @@ def test_batches_that_are_whole_numbers_are_known_in_any_type(tissues, build, tr
         warnings.simplefilter("error", UserWarning)
         expression = model.get_normalized_expression(other)
     np.testing.assert_array_equal(expression, model.get_normalized_expression())
+
+
+@pytest.mark.parametrize("harm", ["counts", "missing batch"])
+def test_a_failed_check_leaves_models_of_the_same_data_as_they_were(make_tissues, build, train, tmp_path, harm):
+    first = train(build(make_tissues(60)))
+    adata = first.adata
+    CellPLM.setup_anndata(adata, batch_key="batch")
+    second = train(CellPLM(adata, n_hidden=16, n_layers=1))
+    before = first.get_latent_representation(), second.get_latent_representation()
+    counts, batches = adata.X, adata.obs["batch"].copy()
+    if harm == "counts":
+        adata.X = adata.X.log1p()
+    else:
+        adata.obs["batch"] = batches.astype(object).where(np.arange(adata.n_obs) > 3)
+    with pytest.raises(ValueError, match="counts|missing"):
+        first.get_latent_representation()
+    adata.X, adata.obs["batch"] = counts, batches
+    for model, expected in zip((first, second), before, strict=True):
+        np.testing.assert_array_equal(model.get_latent_representation(), expected)
+    first.save(tmp_path / "model")
+    loaded = CellPLM.load(tmp_path / "model", adata=adata, accelerator="cpu")
+    np.testing.assert_array_equal(loaded.get_latent_representation(), before[0])
+    train(first)
+
+
+def test_the_set_up_of_a_copy_is_not_that_of_the_original(make_tissues, build, train):
+    model = train(build(make_tissues(60)))
+    new = make_tissues(40, seed=1)
+    new.obs["sample"] = "new"
+    new.obs["donor"] = ["d0", "d1"] * 20
+    model.get_latent_representation(new)
+    copied = new.copy()
+    CellPLM.setup_anndata(copied, batch_key="donor")
+    query = CellPLM.load_query_data(new, model, batch_key="sample")
+    again = CellPLM.load_query_data(new.copy(), model, batch_key="sample")
+    assert query.registry_["setup_args"]["batch_key"] == again.registry_["setup_args"]["batch_key"] == "sample"
+    assert CellPLM.from_pretrained(model, new).registry_["setup_args"] == model.registry_["setup_args"]

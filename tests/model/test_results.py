@@ -268,8 +268,13 @@ def test_differential_expression_of_data_with_other_genes(planted):
     assert found["lfc_mean"].idxmax() == "gene11"
     assert set(found.index) == set(few.var_names)
     few.var_names = ["new0", "new1", *few.var_names[2:]]
-    with pytest.raises(ValueError, match=r'2 genes of this AnnData are unknown to the model \("new0", "new1"\).*isin'):
-        planted.differential_expression(few.copy(), groupby="cell_type", group1="type0", silent=True)
+    asked = {"groupby": "cell_type", "group1": "type0", "mode": "change", "silent": True}
+    with pytest.warns(UserWarning, match=r'2 genes of this AnnData are unknown .*\("new0", "new1"\), and not compared'):
+        found = planted.differential_expression(few.copy(), **asked)
+    assert found["lfc_mean"].idxmax() == "gene11"
+    assert set(found.index) == set(few.var_names[2:])
+    with pytest.raises(ValueError, match=r'2 genes of this AnnData are unknown to the model \("new0", "new1"\)'):
+        planted.get_feature_correlation_matrix(few.copy(), n_samples=2)
 
 
 def test_differential_expression_by_rows(planted):
@@ -488,3 +493,33 @@ def test_arguments_are_not_swallowed(model):
         model.posterior_predictive_sample(n_sample=10)
     with pytest.raises(TypeError, match="nothing"):
         model.get_latent_library_size(nothing=1)
+
+
+def test_groups_that_cannot_be_compared(planted):
+    adata = planted.adata
+    with pytest.raises(ValueError, match="Each cell of idx1 is one of idx2 too"):
+        planted.differential_expression(idx1=[0, 1], idx2=[0, 1, 2, 3], silent=True)
+    with pytest.warns(UserWarning, match="2 cells are in idx1 and in idx2"):
+        planted.differential_expression(idx1=[0, 1, 2], idx2=[1, 2, 3, 4], silent=True)
+    with pytest.raises(ValueError, match="group1 is empty"):
+        planted.differential_expression(groupby="cell_type", group1=[], silent=True)
+    with pytest.raises(ValueError, match="group1 and group2 are both 'type0'"):
+        planted.differential_expression(groupby="cell_type", group1="type0", group2="type0", silent=True)
+    with pytest.raises(ValueError, match='mode="changed" is not "vanilla" or "change"'):
+        planted.differential_expression(groupby="cell_type", mode="changed", silent=True)
+    found = planted.differential_expression(groupby="cell_type", group2="type0", silent=True)
+    assert "type0" not in set(found["group1"])
+    assert set(found["group1"]) == set(adata.obs["cell_type"]) - {"type0"}
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "error"),
+    [
+        ("get_normalized_expression", {"library_size": np.ones(3)}, ValueError),
+        ("get_normalized_expression", {"gene_list": 5}, TypeError),
+        ("get_denoised_expression", {"log1p": True, "depth": np.ones(3)}, ValueError),
+    ],
+)
+def test_options_of_another_type_are_named(planted, method, options, error):
+    with pytest.raises(error, match=list(options)[-1]):
+        getattr(planted, method)(**options)

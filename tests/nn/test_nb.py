@@ -8,6 +8,7 @@ import scipy.sparse as sp
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import special
 from scvi.distributions import NegativeBinomial
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -185,11 +186,36 @@ def test_chunks_do_not_matter(shape, panels, rest):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_digamma_of_positive_numbers():
-    """Against torch's in double precision, relative to its size."""
-    x = torch.logspace(-4, 6, 500)
-    exact = torch.digamma(x.double())
-    assert float(((nb._digamma(x.clone()) - exact).abs() / (1 + exact.abs())).max()) < 2e-6
+def test_differences_of_gamma_functions():
+    """Against SciPy in double precision, from theta so small to so large that the functions themselves would cancel."""
+    log_theta, x = torch.linspace(-12, 16, 57)[:, None], torch.tensor([0.0, 1, 2, 3, 10, 100, 1e4, 1e6])
+    theta = log_theta.exp().expand(-1, 8)
+    found, slope = nb.gamma_differences(x.expand_as(theta), theta)
+    exact, above = theta.double().numpy(), (theta.double() + x).numpy()
+    expected = torch.from_numpy(special.gammaln(above) - special.gammaln(exact))
+    torch.testing.assert_close(found.double(), expected, rtol=3e-6, atol=1e-5)
+    expected = torch.from_numpy(special.digamma(above) - special.digamma(exact))
+    torch.testing.assert_close(slope.double(), expected, rtol=1e-5, atol=1e-12)
+    assert nb.gamma_differences(x.expand_as(theta), theta, slope=False)[1] is None
+
+
+@pytest.mark.parametrize("log_theta", [-10.0, -5.0, 10.0, 14.0, 18.0])
+@pytest.mark.parametrize("largest", [3, 800_000])
+def test_dispersions_at_both_ends(log_theta, largest):
+    """The gradient is right where a gene is all bursts, or Poisson, and so is the loss."""
+    counts = np.array([[largest, max(1, largest // 8), 0], [1, 0, 2]])
+    h, output, *_ = draw(0, 2, 3, panels=False, rest=False)
+    with torch.no_grad():
+        output.log_theta.fill_(log_theta)
+    library, share = torch.from_numpy(counts.sum(1)).float(), torch.ones(2)
+    leaves = leaves_of(h, output)
+    expected, each = plain_loss(h, output, counts, library, share, None)
+    found, found_each = softmax_nb_loss(h, sparse(counts), library, output, share)
+    torch.testing.assert_close(found_each.double(), each.detach(), rtol=1e-4, atol=3e-6 * (1 + largest))
+    # where a gene is Poisson, its dispersion has no gradient to speak of
+    rounding = 3e-7 * (1 + largest) if log_theta > 0 else 0.0
+    for ours, theirs in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()) + rounding)
 
 
 def test_slopes_by_finite_differences():

@@ -135,21 +135,29 @@ class SampleField(CovariateField):
 
 
 class AnnotationField(CovariateField):
-    """A label or a perturbation of each cell, as text; missing values and a missing column mean ``default``."""
+    """A label or a perturbation of each cell, as text; missing values and a missing column mean ``default``.
+
+    Data that come later may have another word for it, which is read as that of the model.
+    """
+
+    #: the word of the data that the model was set up with
+    DEFAULT_KEY = "default"
 
     def __init__(self, registry_key: str, attr_key: str, default: str) -> None:
         super().__init__(registry_key, attr_key)
         self.default = as_text(default)
 
-    def _codes(self, adata: AnnData, known: np.ndarray | None) -> np.ndarray:
+    def _codes(self, adata: AnnData, known: np.ndarray | None, default: str) -> np.ndarray:
         key = self._original_attr_key
-        given = adata.obs[key] if key in adata.obs else [self.default] * adata.n_obs
+        given = adata.obs[key] if key in adata.obs else [default] * adata.n_obs
         column = pd.Series(given, dtype=object)
-        column = column.map(as_text).where(column.notna().to_numpy(), self.default)
+        missing = column.isna().to_numpy()
+        column = column.map(as_text)
+        column = column.mask(missing | (column == self.default).to_numpy(), default)
         mapping = list(known) if known is not None else []
         mapping += sorted(set(column) - set(mapping))
-        if self.default not in mapping:
-            mapping.append(self.default)
+        if default not in mapping:
+            mapping.append(default)
         adata.obs[self.attr_key] = pd.Index(mapping, dtype=object).get_indexer(column).astype(np.int64)
         return np.asarray(mapping, dtype=object)
 
@@ -158,15 +166,17 @@ class AnnotationField(CovariateField):
 
     def register_field(self, adata: AnnData) -> dict:
         check_column(adata, self._original_attr_key, self.argument)
-        mapping = self._codes(adata, None)
+        mapping = self._codes(adata, None, self.default)
         return {
             self.CATEGORICAL_MAPPING_KEY: mapping,
             self.ORIGINAL_ATTR_KEY: self._original_attr_key,
             self.N_KNOWN_KEY: len(mapping),
+            self.DEFAULT_KEY: self.default,
         }
 
     def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict:
-        mapping = self._codes(adata_target, state_registry[self.CATEGORICAL_MAPPING_KEY])
+        default = state_registry.get(self.DEFAULT_KEY, self.default)
+        mapping = self._codes(adata_target, state_registry[self.CATEGORICAL_MAPPING_KEY], default)
         return {**state_registry, self.CATEGORICAL_MAPPING_KEY: mapping}
 
 

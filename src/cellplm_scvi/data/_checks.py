@@ -51,6 +51,8 @@ def counted(n: int, one: str, more: str | None = None) -> str:
 
 def as_names(gene_list: str | Iterable[str]) -> list[str]:
     """Genes asked for, by name."""
+    if not np.iterable(gene_list):
+        raise TypeError(f"gene_list={gene_list!r}: pass a list of names.")
     names = [gene_list] if isinstance(gene_list, str) else list(gene_list)
     if any(not isinstance(name, str) for name in names):
         raise TypeError(
@@ -166,7 +168,9 @@ def check_sizes(**sizes: int) -> None:
 
 def check_library_size(library_size: float | str) -> None:
     """Raise if it is neither a positive number nor ``"latent"``."""
-    if library_size != "latent" and not (isinstance(library_size, Real) and 0 < library_size < np.inf):
+    if isinstance(library_size, str) and library_size == "latent":
+        return
+    if not (isinstance(library_size, Real) and 0 < library_size < np.inf):
         raise ValueError(f'library_size={library_size!r} must be a positive number of counts, or "latent".')
 
 

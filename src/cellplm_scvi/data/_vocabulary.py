@@ -146,7 +146,7 @@ def report_match(vocabulary: pd.Index, given: pd.Index, x: object, organism: str
             'Put gene symbols or Ensembl ids in var_names; for mouse genes pass organism="mouse".'
         )
     totals = _gene_totals(x)
-    covered = float(totals[match.columns >= 0].sum() / max(totals.sum(), 1e-12))
+    covered = float(totals[match.columns >= 0].sum() / totals.sum()) if totals.any() else 1.0
     names = ", ".join(f"{n:,} by {name.replace('_', ' ')}" for name, n in match.by.items())
     summary = (
         f"{match.n_matched:,} of the {len(given):,} genes match the model's {len(vocabulary):,} ({names}); they hold "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from itertools import product
+from numbers import Real
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -54,16 +55,16 @@ class HeadFit:
 def make_folds(labels: np.ndarray, groups: np.ndarray, seed: int, most: int = MAX_FOLDS) -> Folds:
     """Folds that leave whole samples out, and random cells of classes that one sample has; labels and groups (n_cells,)."""
     sizes = _class_sizes(labels)
-    most = min(most, int(sizes.max()))
     pairs = np.unique(np.stack([labels, groups], 1), axis=0)
     shared = np.bincount(pairs[:, 0])[labels] > 1
     n_groups = np.unique(groups[shared]).size
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # rare classes are not in every fold
         if not shared.any():
-            n_folds = min(most, max(2, int(sizes.min())))
+            n_folds = min(most, int(sizes.max()), max(2, int(sizes.min())))
             return list(StratifiedKFold(n_folds, shuffle=True, random_state=seed).split(labels, labels))
-        splitter = StratifiedGroupKFold(min(most, n_groups), shuffle=True, random_state=seed)
+        n_folds = min(most, n_groups, int(_class_sizes(labels[shared]).max()))
+        splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
         folds = list(splitter.split(labels[shared], labels[shared], groups[shared]))
     if shared.all():
         return folds
@@ -80,8 +81,8 @@ def make_folds(labels: np.ndarray, groups: np.ndarray, seed: int, most: int = MA
 
 def hold_out(labels: np.ndarray, groups: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Training and held-out rows: about ``share`` of the cells, in whole samples if there are several."""
-    if not 0 < share < 1:
-        raise ValueError(f"held_out={share} must be above 0 and below 1.")
+    if not isinstance(share, Real) or not 0 < share < 1:
+        raise ValueError(f"held_out={share!r} must be above 0 and below 1.")
     if np.unique(groups).size > 1:
         return make_folds(labels, groups, seed, max(2, round(1 / share)))[0]
     _class_sizes(labels)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from copy import deepcopy
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -56,6 +57,9 @@ class CellPLMAnnotator(CellPLM):
     """
 
     _module_cls = AnnotatorModule
+    #: what cross-validation found: the choices that are averaged, and held-out macro-F1 of all; ``None`` before, and of
+    #: weights from :meth:`from_pretrained`
+    selection_: dict[str, Any] | None = None
 
     @property
     def _network_class(self) -> type[CellPLM]:
@@ -84,8 +88,9 @@ class CellPLMAnnotator(CellPLM):
 
     @property
     def unlabeled_category(self) -> str:
-        """The word for cells without a label."""
-        return as_text(self.registry_["setup_args"]["unlabeled_category"])
+        """The word for cells without a label, of the data that the annotator was made with; a query may have another."""
+        state = self.registry_["field_registries"][c.LABELS_KEY]["state_registry"]
+        return as_text(state.get(AnnotationField.DEFAULT_KEY, self.registry_["setup_args"]["unlabeled_category"]))
 
     @classmethod
     def from_cellplm(
@@ -103,7 +108,7 @@ class CellPLMAnnotator(CellPLM):
             A trained :class:`~cellplm_scvi.CellPLM`, or one from :meth:`~cellplm_scvi.CellPLM.from_pretrained`.
         labels_key
             Column of ``obs`` with cell types; numbers are taken, and given back, as text. Of a MuData, it is in the
-            modality that its set-up names for ``labels_key``, else in ``obs`` of the MuData itself.
+            modality that its set-up names for ``labels_key``, else in ``obs`` of the MuData itself or of the modality of the counts.
         unlabeled_category
             The word for cells without a label in that column; missing values mean the same. These cells are the context of
             the others, and in fine-tuning they are trained on as before.
@@ -117,6 +122,13 @@ class CellPLMAnnotator(CellPLM):
         KeyError
             If the column is absent.
         """
+        if not isinstance(model, CellPLM):
+            raise TypeError(
+                f"model is of type {type(model).__name__}; a CellPLM is needed, such as CellPLM.from_pretrained(...) gives."
+            )
+        for name, value in (("labels_key", labels_key), ("unlabeled_category", unlabeled_category)):
+            if value is None or not isinstance(value, Hashable):
+                raise TypeError(f"{name}={value!r} must be one name.")
         if not model.is_trained_:
             raise ValueError("The model is not trained: call model.train() first, or use CellPLM.from_pretrained.")
         adata = model.adata if adata is None else adata
@@ -124,7 +136,11 @@ class CellPLMAnnotator(CellPLM):
             raise ValueError("The model has no AnnData: pass the one with the labels as adata.")
         unlabeled_category = as_text(unlabeled_category)
         registry = deepcopy(model.registry_) if adata is model.adata else model._registry_for(adata)
-        modality = (registry["setup_args"].get("modalities") or {}).get("labels_key")
+        modalities = registry["setup_args"].get("modalities") or {}
+        modality = modalities.get("labels_key")
+        if modality is None and modalities and labels_key not in adata.obs:
+            modality = modalities["rna_layer"]
+            registry["setup_args"]["modalities"] = {**modalities, "labels_key": modality}
         labels = check_column(part_of(adata, modality), labels_key, "labels_key").astype(object)
         names = sorted({as_text(name) for name in labels[labels.notna()].unique()} - {unlabeled_category})
         if len(names) < 2:
@@ -140,11 +156,14 @@ class CellPLMAnnotator(CellPLM):
                 AnnotationField.CATEGORICAL_MAPPING_KEY: np.asarray([*names, unlabeled_category], dtype=object),
                 AnnotationField.ORIGINAL_ATTR_KEY: labels_key,
                 AnnotationField.N_KNOWN_KEY: len(names) + 1,
+                AnnotationField.DEFAULT_KEY: unlabeled_category,
             },
             "summary_stats": {f"n_{c.LABELS_KEY}": len(names) + 1},
         }
         registry["model_name"] = cls.__name__
         init = {name: value for name, value in model.init_params_["non_kwargs"].items() if value is not None}
+        if "extension" in init:  # its training is to learn labels, whatever the model was made for
+            init["extension"] = {**init["extension"], "query": False}
         annotator = cls(registry=registry, **(init | sizes_of(model, init)))
         state = model.module.state_dict()
         own = {name: value for name, value in annotator.module.state_dict().items() if name.startswith("annotation.")}
@@ -161,8 +180,8 @@ class CellPLMAnnotator(CellPLM):
         max_epochs: int | None = None,
         *,
         fine_tune: bool | None = None,
-        label_weight: float = 20.0,
-        held_out: float = 0.1,
+        label_weight: float | None = None,
+        held_out: float | None = None,
         **kwargs: Any,
     ) -> None:
         """Learn the classes from the labels that are there now; called again, it goes on from the present weights.
@@ -184,10 +203,10 @@ class CellPLMAnnotator(CellPLM):
             no labels, of which none are needed then: as :meth:`CellPLM.train` does, train the contributions of the new
             categories alone, so that everything that is said of the reference's data stays the same to the bit.
         label_weight
-            Of the cross-entropy in fine-tuning, relative to the negative ELBO of a cell.
+            Of the cross-entropy in fine-tuning, relative to the negative ELBO of a cell; ``None`` is 20.
         held_out
-            Share of the labelled cells held out from fine-tuning: whole samples if several have labels, at least one
-            of them, which is half of the cells where there are two.
+            Share of the labelled cells held out from fine-tuning, ``None`` is 0.1: whole samples if several have labels, at least
+            one of them, which is half of the cells where there are two.
         **kwargs
             Of :meth:`CellPLM.train`, for training the network.
 
@@ -198,7 +217,13 @@ class CellPLMAnnotator(CellPLM):
         """
         if self.adata is None:
             raise ValueError("The annotator has no AnnData. Load it with `adata=`, or set `annotator.adata`.")
+        if not isinstance(fine_tune, bool | None):
+            raise TypeError(f"fine_tune={fine_tune!r} must be True, False or None.")
+        options = {"label_weight": label_weight, "held_out": held_out}
+        given = [name for name, value in options.items() if value is not None]
         if fine_tune is None and self._extension.query:
+            if given:
+                raise ValueError(f"{some(given)}: the labels take no part in this. Pass fine_tune=True to learn them.")
             super().train(max_epochs, **kwargs)
             return
         if not fine_tune and not self.is_trained_:
@@ -206,8 +231,8 @@ class CellPLMAnnotator(CellPLM):
                 "The network is not trained: its embeddings are random. Use CellPLMAnnotator.from_cellplm with a trained "
                 "CellPLM, or pass fine_tune=True to train it here."
             )
-        if not fine_tune and (max_epochs is not None or kwargs):
-            given = ["max_epochs"] * (max_epochs is not None) + list(kwargs)
+        given += ["max_epochs"] * (max_epochs is not None) + list(kwargs)
+        if not fine_tune and given:
             raise ValueError(f"{some(given)}: the frozen backbone is not trained. Pass fine_tune=True to train it.")
         self._read_annotations()
         table = CellTable.from_manager(self.adata_manager)
@@ -215,11 +240,14 @@ class CellPLMAnnotator(CellPLM):
         classes = self._classes_of(table)
         labelled = np.flatnonzero(classes >= 0)
         if np.unique(classes[labelled]).size < 2:
-            raise ValueError("Labels of at least two classes are needed to learn them.")
+            raise ValueError(self._too_few_classes(classes))
         seed = settings.seed or 0
         if fine_tune:
-            train, test = hold_out(classes[labelled], table.sample[labelled], held_out, seed)
-            self._fine_tune(classes, labelled[train], labelled[test], max_epochs, label_weight, kwargs)
+            share, weight = 0.1 if held_out is None else held_out, 20.0 if label_weight is None else label_weight
+            if not isinstance(weight, Real) or not 0 <= weight < np.inf:
+                raise ValueError(f"label_weight={weight!r} must be a number that is not negative.")
+            train, test = hold_out(classes[labelled], table.sample[labelled], share, seed)
+            self._fine_tune(classes, labelled[train], labelled[test], max_epochs, float(weight), kwargs)
             folds = [(train, test)]
         else:
             folds = make_folds(classes[labelled], table.sample[labelled], seed)
@@ -242,6 +270,15 @@ class CellPLMAnnotator(CellPLM):
                 f"this annotator ({some(np.unique(other.astype(str)))}; it has {some(self.classes)}), taken as unlabelled. "
                 "CellPLMAnnotator.from_cellplm(annotator, ...) makes one of all the classes."
             )
+
+    def _too_few_classes(self, classes: np.ndarray) -> str:
+        """Where labels are looked for, and what is there."""
+        key = self.adata_manager.get_state_registry(c.LABELS_KEY)[AnnotationField.ORIGINAL_ATTR_KEY]
+        found = some(self.classes[np.unique(classes[classes >= 0])]) or "none"
+        return (
+            f'Labels of at least two of the classes ({some(self.classes)}) are needed to learn them; obs["{key}"] has '
+            f"{found}. Write the labels of some cells there; a missing column counts as no labels."
+        )
 
     def _class_of_code(self) -> np.ndarray:
         mapping = self.adata_manager.get_state_registry(c.LABELS_KEY)[AnnotationField.CATEGORICAL_MAPPING_KEY]
@@ -274,6 +311,7 @@ class CellPLMAnnotator(CellPLM):
             max_epochs = default_max_epochs(splitter.n_train, splitter.n_batches, spatial=spatial)
             max_epochs = max(1, max_epochs // 4) if self.is_trained_ else max_epochs
         self.history_ = {}
+        self.module.annotation.fitted.fill_(False)  # it was of the network of before
         options = {"freeze": None, **kwargs, "datasplitter_kwargs": {**further, **split}}
         try:
             super().train(max_epochs, **options)
@@ -311,14 +349,13 @@ class CellPLMAnnotator(CellPLM):
         for name, value in values.items():
             buffer = getattr(head, name)
             buffer.copy_(torch.as_tensor(value, dtype=buffer.dtype))
-        #: what cross-validation found: the choices that are averaged, and held-out macro-F1 of all
         self.selection_ = {"used": fit.used, "macro_f1": fit.scores}
 
     def _place_components(self, table: CellTable, seed: int) -> None:
         """Principal components of standardised log-normalised expression of all cells, labelled or not."""
         head = self.module.annotation
         library = _library(table)
-        head.target_sum.fill_(float(np.median(library[library > 0])))
+        head.target_sum.fill_(float(np.median(library[library > 0])) if library.any() else 1.0)
         rows = np.arange(table.n_cells)
         if rows.size > MAX_PCA_CELLS:
             rows = np.sort(np.random.default_rng(seed).choice(rows, MAX_PCA_CELLS, replace=False))
@@ -328,7 +365,7 @@ class CellPLMAnnotator(CellPLM):
         weight = 1 / np.maximum(np.sqrt(np.maximum(variance, 0)), MIN_DEVIATION)
         n = min(head.loadings.shape[1], min(x.shape) - 1)
         head.loadings.zero_()
-        if n > 0:
+        if n > 0 and variance.max() > 1e-6:  # cells are not all the same
             found = PCA(n, svd_solver="arpack", random_state=seed).fit(x @ sp.diags(weight))
             head.loadings[:, :n].copy_(torch.from_numpy(found.components_.T * weight[:, None]))
 
@@ -382,9 +419,9 @@ class CellPLMAnnotator(CellPLM):
         """
         head = self.module.annotation
         if not bool(head.fitted):
-            raise ValueError("The annotator is not trained: call train() first.")
-        if unknown_rate is not None and not 0 <= unknown_rate < 1:
-            raise ValueError(f"unknown_rate={unknown_rate} is not a share of cells, such as 0.05.")
+            raise ValueError("The annotator is not trained: call train() first (of a query, train(fine_tune=False)).")
+        if unknown_rate is not None and not (isinstance(unknown_rate, Real) and 0 <= unknown_rate < 1):
+            raise ValueError(f"unknown_rate={unknown_rate!r} is not a share of cells, such as 0.05.")
         adata = self._validate_anndata(adata)
         table = self._table(adata)
         rows = self._rows(table.names, indices)

@@ -9,11 +9,17 @@ import numpy as np
 import torch
 from anndata import AnnData
 from mudata import MuData
-from scvi.data import AnnDataManager
 from scvi.model.base import BaseModelClass
 
 from cellplm_scvi import _constants as c
-from cellplm_scvi._compat import SCVI_UUID_KEY, AnnOrMuData, copy_if_view, keep_registration, setup_anndata_dsp
+from cellplm_scvi._compat import (
+    SCVI_UUID_KEY,
+    AnnOrMuData,
+    DataManager,
+    copy_if_view,
+    keep_registration,
+    setup_anndata_dsp,
+)
 from cellplm_scvi.data._checks import check_library, check_sizes, counted, some, warn
 from cellplm_scvi.data._corpus import CorpusRegistry, StartingPoint
 from cellplm_scvi.data._fields import make_fields
@@ -35,6 +41,7 @@ from ._imputation import ImputationMixin
 from ._perturbation import PerturbationMixin
 from ._pretrained import PretrainedMixin
 from ._query import QueryMixin
+from ._registry import is_copy
 from ._training import TrainingMixin
 
 
@@ -391,10 +398,9 @@ class CellPLM(
     def _register(cls, adata: AnnOrMuData, fields: list, setup_method_args: dict, kwargs: dict) -> None:
         if kwargs and "source_registry" not in kwargs:  # which comes from transfers alone
             raise TypeError(f"{setup_method_args['setup_method_name']} takes no argument {some(list(kwargs))}.")
-        known = cls._setup_adata_manager_store.get(adata.uns.get(SCVI_UUID_KEY))
-        if known is not None and known.adata is not adata:
-            del adata.uns[SCVI_UUID_KEY]  # a copy: it must not replace the set-up of what it was copied from
-        manager = AnnDataManager(fields=fields, setup_method_args=setup_method_args)
+        if is_copy(cls, adata):
+            del adata.uns[SCVI_UUID_KEY]  # it must not replace the set-up of what it was copied from
+        manager = DataManager(fields=fields, setup_method_args=setup_method_args)
         manager.register_fields(adata, **kwargs)
         cls.register_manager(manager)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -77,8 +78,10 @@ class DenoisingMixin:
         ValueError
             If ``gene_list`` names something unknown, or ``depth`` is given without ``log1p`` or is not positive.
         """
-        if depth is not None and not (log1p and 0 < depth < np.inf):
-            raise ValueError(f"depth={depth}: it is a positive number of molecules, and only `log1p=True` asks for it.")
+        if depth is not None and not (log1p and isinstance(depth, Real) and 0 < depth < np.inf):
+            raise ValueError(
+                f"depth={depth!r}: it is a positive number of molecules, and only `log1p=True` asks for it."
+            )
         check_library_size(library_size)
         self._check_if_trained(warn=False)  # type: ignore[attr-defined]
         adata = self._validate_anndata(adata)  # type: ignore[attr-defined]

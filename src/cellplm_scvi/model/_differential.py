@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,7 @@ from scvi import settings
 from scvi.utils import track
 
 from cellplm_scvi._compat import AnnOrMuData, compare_groups
-from cellplm_scvi.data._checks import CHUNK_ROWS, columns_of, some
+from cellplm_scvi.data._checks import CHUNK_ROWS, columns_of, counted, some, warn
 
 from ._embedding import fixed_draws
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from scvi.data import AnnDataManager
 
     from cellplm_scvi.data._table import CellTable
+
+DifferentialMode = Literal["vanilla", "change"]
 
 #: column of row numbers in a copy of ``obs``
 ROW = "_cellplm_row"
@@ -39,7 +41,7 @@ class DifferentialMixin:
         group2: str | None = None,
         idx1: Sequence[int] | Sequence[bool] | str | None = None,
         idx2: Sequence[int] | Sequence[bool] | str | None = None,
-        mode: Literal["vanilla", "change"] = "vanilla",
+        mode: DifferentialMode = "vanilla",
         delta: float = 0.25,
         batch_size: int | None = None,
         all_stats: bool = True,
@@ -55,12 +57,12 @@ class DifferentialMixin:
         """Bayesian differential expression between groups of cells (Boyeau et al. 2019), as in scvi-tools.
 
         Where data sets measured different genes, a gene is compared between the cells that measured it, and is NaN where
-        none of a group did.
+        none of a group did. Genes that the model does not know are not compared.
 
         Parameters
         ----------
         adata
-            AnnData with the genes of the model; ``None`` is the one that the model was built with.
+            ``None`` is the AnnData that the model was built with.
         groupby, group1, group2, idx1, idx2, mode, delta, batch_size, all_stats, batch_correction, batchid1, batchid2,\
  fdr_target, silent, weights, filter_outlier_cells, **kwargs
             As in :meth:`scvi.model.SCVI.differential_expression`.
@@ -72,19 +74,20 @@ class DifferentialMixin:
         Raises
         ------
         ValueError
-            If the data have genes that the model does not know, or two groups have no gene in common.
+            If a group has no cell, or two groups have no gene in common.
         """
         if not batch_correction and (batchid1 is not None or batchid2 is not None):
             raise ValueError("batchid1 and batchid2 are batches to decode in, which batch_correction=True does.")
+        if mode not in (modes := get_args(DifferentialMode)):
+            raise ValueError(f'mode="{mode}" is not {" or ".join(f'"{word}"' for word in modes)}.')
+        batches1, batches2 = ([one] if isinstance(one, str) else one for one in (batchid1, batchid2))
         adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
         manager = self.get_anndata_manager(adata, required=True)  # type: ignore[attr-defined]
         genes, names = self._genes(manager, None)  # type: ignore[attr-defined]
         unknown = self._gene_names(manager).difference(names)  # type: ignore[attr-defined]
         if len(unknown):
-            raise ValueError(
-                f"{len(unknown):,} genes of this AnnData are unknown to the model ({some(unknown)}). Leave them out: "
-                "`adata[:, adata.var_names.isin(model.adata.var_names)].copy()`."
-            )
+            genes_are = counted(len(unknown), "gene of this AnnData is", "genes of this AnnData are")
+            warn(f"{genes_are} unknown to the model ({some(unknown)}), and not compared.")
         rows_of = partial(self._rows, adata.obs_names)  # type: ignore[attr-defined]
         comparisons = list(_comparisons(pd.DataFrame(adata.obs), rows_of, groupby, group1, group2, idx1, idx2))
 
@@ -114,8 +117,8 @@ class DifferentialMixin:
                     _count_statistics,
                     names[kept],
                     mode,
-                    batchid1,
-                    batchid2,
+                    batches1,
+                    batches2,
                     delta,
                     batch_correction,
                     fdr_target,
@@ -181,6 +184,12 @@ def _comparisons(
             if not cells.any():
                 raise ValueError(f"{name} has no cell.")
         # a cell of both counts as one of the second
+        if not (first & ~second).any():
+            raise ValueError("Each cell of idx1 is one of idx2 too: there is nothing to compare.")
+        if both := int(np.count_nonzero(first & second)):
+            warn(
+                f"{counted(both, 'cell is', 'cells are')} in idx1 and in idx2: they count as cells of the second group."
+            )
         yield _Comparison(first, second, obs[[]].copy(), (None, None, None, first, None if idx2 is None else second))
         return
     if groupby not in obs:
@@ -198,7 +207,13 @@ def _comparisons(
         raise ValueError(f'obs["{groupby}"] has {found}: there is nothing to compare.')
     chosen = groups if group1 is None else group1
     chosen = [chosen] if isinstance(chosen, str) or not np.iterable(chosen) else list(chosen)
+    if not chosen:
+        raise ValueError("group1 is empty: name groups to compare, or pass None for each of them.")
+    if group1 is None and group2 is not None:
+        chosen = [name for name in chosen if name != group2]
     for name in chosen:
+        if group2 is not None and name == group2:
+            raise ValueError(f"group1 and group2 are both {group2!r}: there is nothing to compare.")
         first = (column == name).to_numpy()
         second = ~first if group2 is None else (column == group2).to_numpy()
         for group, cells in ((name, first), (group2, second)):

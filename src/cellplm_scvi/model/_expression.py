@@ -243,6 +243,36 @@ class ExpressionMixin(RNASeqMixin, VAEMixin):
         drawn = np.concatenate(draws, axis=-2)
         return drawn if n_samples == 1 else drawn.transpose(1, 2, 0)
 
+    def get_feature_correlation_matrix(
+        self, adata: AnnOrMuData | None = None, *args: Any, **kwargs: Any
+    ) -> pd.DataFrame:
+        """Correlation of genes over draws from the posterior predictive, as in scvi-tools.
+
+        Parameters
+        ----------
+        adata, *args, **kwargs
+            ``adata``, ``indices``, ``n_samples``, ``batch_size``, ``correlation_type`` and so on, of
+            :meth:`scvi.model.SCVI.get_feature_correlation_matrix`.
+
+        Returns
+        -------
+        DataFrame (n_genes, n_genes).
+
+        Raises
+        ------
+        ValueError
+            If the data have genes that the model does not know.
+        """
+        adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
+        manager = self.get_anndata_manager(adata, required=True)  # type: ignore[attr-defined]
+        unknown = self._gene_names(manager).difference(self._genes(manager, None)[1])
+        if len(unknown):
+            raise ValueError(
+                f"{counted(len(unknown), 'gene of this AnnData is', 'genes of this AnnData are')} unknown to the model "
+                f"({some(unknown)}). Pass an AnnData without them."
+            )
+        return super().get_feature_correlation_matrix(adata, *args, **kwargs)
+
     def get_likelihood_parameters(
         self, adata: AnnOrMuData | None = None, *args: Any, **kwargs: Any
     ) -> dict[str, np.ndarray]:

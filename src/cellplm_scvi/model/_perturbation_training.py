@@ -114,7 +114,10 @@ class PerturbationTrainingMixin:
 
     @property
     def _control(self) -> str:
-        return as_text(self.registry_["setup_args"].get("control_category", "control"))  # type: ignore[attr-defined]
+        """The word for controls, of the data that the model was set up with."""
+        field = self.registry_["field_registries"].get(c.PERTURBATION_KEY, {})  # type: ignore[attr-defined]
+        asked = self.registry_["setup_args"].get("control_category", "control")  # type: ignore[attr-defined]
+        return as_text(field.get("state_registry", {}).get(AnnotationField.DEFAULT_KEY, asked))
 
     def _perturbation_of_cells(self, table: CellTable) -> np.ndarray:
         """Perturbation of each cell, (n_cells,); raise if there is nothing to learn from."""

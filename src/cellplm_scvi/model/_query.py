@@ -53,7 +53,7 @@ class QueryMixin:
         Parameters
         ----------
         adata
-            Query; it need not be set up.
+            Query; an AnnData need not be set up, a MuData must.
         reference
             A trained model; a folder that :meth:`save` or :meth:`save_pretrained` wrote; or a published model, as in
             :meth:`from_pretrained`. A folder of :meth:`save` is read by executing it: open only what you trust.
@@ -121,9 +121,11 @@ def _nothing_new(model: CellPLM) -> str:
             + 'Name the column of the query\'s batches, as in load_query_data(adata, reference, batch_key="donor").'
         )
     name, key = next(iter(given.items()))
+    lacking = some([other for other in keys.values() if other is not None and other not in given.values()])
+    others = f' If they have another name than {lacking}, pass it, such as batch_key="donor".' if lacking else ""
     known = registry["field_registries"][name]["state_registry"]["categorical_mapping"]
     return (
         f'The query has nothing new to train: the reference knows every category of obs["{key}"] ({some(known)}). If these '
         "are its own batches, reference.get_latent_representation(adata) embeds them as they are. If they only have the "
-        f'same names, rename them first: adata.obs["{key}"] = "query " + adata.obs["{key}"].astype(str).'
+        f'same names, rename them first: adata.obs["{key}"] = "query " + adata.obs["{key}"].astype(str).{others}'
     )

@@ -68,8 +68,15 @@ def setup_of(
     if manager is not None:
         method, own = manager.registry["setup_method_name"], _named(manager.registry["setup_args"], adata, saved)
     for argument, key in setup.items():  # data that come later may lack a column, but not these
-        if isinstance(adata, AnnData) and key is not None and argument in KEY_ARGUMENTS.values():
+        place = OPTIONAL_KEYS.get(argument)
+        if not isinstance(adata, AnnData) or key is None or place is None:
+            continue
+        if place == "obs":
             check_column(adata, key, argument)
+        elif key not in (held := getattr(adata, place)):
+            raise KeyError(
+                f'{argument}="{key}" is not a key of adata.{place}, which has {some(list(held), 12) or "none"}.'
+            )
     return method, {**own, **setup}
 
 
@@ -78,6 +85,19 @@ def manager_of(model_class: type[Any], adata: AnnOrMuData) -> AnnDataManager | N
     stores = (getattr(cls, "_setup_adata_manager_store", {}) for cls in model_class.__mro__)
     key = adata.uns.get(SCVI_UUID_KEY)
     return next((store[key] for store in stores if key in store), None)
+
+
+def is_copy(model_class: type[Any], adata: AnnOrMuData) -> bool:
+    """Whether data bear the identifier of others, which were set up, or which a model has seen, before they were copied."""
+    key = adata.uns.get(SCVI_UUID_KEY)
+    known: list[AnnDataManager] = []
+    for cls in (*model_class.__mro__, *model_class.__subclasses__()):
+        stores = (
+            getattr(cls, "_setup_adata_manager_store", {}),
+            *getattr(cls, "_per_instance_manager_store", {}).values(),
+        )
+        known += [store[key] for store in stores if key in store]
+    return bool(known) and not any(manager.adata is adata for manager in known)
 
 
 def reading(registry: Mapping[str, Any], adata: AnnOrMuData, own: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from ._sparse import SparseCounts, segment_sums
 
@@ -178,7 +179,6 @@ class _SoftmaxNB(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         theta = log_theta.exp()
         library = library.clamp_min(1e-8)
-        of_gene = _OfGene.of(theta, needs_grad)
         loss = torch.empty_like(library)
         grad_h, grad_w = torch.empty_like(h), torch.zeros_like(w)
         grad_b, grad_theta = torch.zeros_like(b), torch.zeros_like(b)
@@ -206,12 +206,16 @@ class _SoftmaxNB(torch.autograd.Function):
             log_r += scale.log().index_select(0, cells)
             r *= scale[:, None]
             log_ratio = torch.log1p(r, out=u)
-            stored = of_gene.stored(
-                counts.values[span], genes, log_r, None if entry_weight is None else entry_weight[span]
+            stored = _Stored.of(
+                counts.values[span],
+                theta.index_select(0, genes),
+                log_r,
+                None if entry_weight is None else entry_weight[span],
+                needs_grad=needs_grad,
             )
             cell_offsets = counts.offsets[rows.start : rows.stop + 1] - span.start
             torch.add(log_ratio @ theta, segment_sums(stored.loss, cell_offsets), out=loss[rows])
-            if not needs_grad:
+            if stored.grad_theta is None:  # no gradient is asked for
                 continue
             grad_theta += weight[rows] @ log_ratio
             torch.div(r, torch.add(r, 1, out=u), out=u)
@@ -251,17 +255,44 @@ def _chunks(counts: SparseCounts) -> list[tuple[slice, slice]]:
     ]
 
 
-def _digamma(x: Tensor) -> Tensor:
-    """Digamma of positive numbers: six steps of its recurrence, then the asymptotic series; error 1e-6 in float32.
+def gamma_differences(x: Tensor, theta: Tensor, *, slope: bool = True) -> tuple[Tensor, Tensor | None]:
+    r""":math:`\log\Gamma(\theta + x) - \log\Gamma(\theta)` and its derivative in theta, elementwise.
 
-    torch's own takes three times as long on a CPU.
+    Both are differences of the terms of Stirling's series, after four steps of the recurrence of the gamma function. The
+    gamma functions themselves are so large, for large theta, that nothing is left of a difference of them in float32.
+
+    Parameters
+    ----------
+    x
+        Counts, not negative.
+    theta
+        Inverse dispersions, positive.
+    slope
+        Whether the derivative is asked for.
     """
-    below = 1 / x
-    for step in range(1, 6):
-        below += 1 / (x + step)
-    x = x + 6
-    square = 1 / (x * x)
-    return x.log_().sub_(below).sub_(0.5 * square.sqrt()).sub_(square * (1 / 12 - square * (1 / 120 - square / 252)))
+    above, first = theta + x, theta + 4
+    last = first + x
+    log_ratio = torch.log1p(x / first)
+    inverse, inverse_first = 1 / last, 1 / first
+    square, square_first = inverse * inverse, inverse_first * inverse_first
+    value = (last - 0.5) * log_ratio - x + x * first.log()
+    value += inverse * (1 / 12 - square * (1 / 360 - square / 1260))
+    value -= inverse_first * (1 / 12 - square_first * (1 / 360 - square_first / 1260))
+    value -= above.log() - theta.log()
+    derivative = log_ratio
+    if slope:
+        derivative += x / above / theta
+        derivative += 0.5 * (inverse_first - inverse)
+        derivative += square_first * (1 / 12 - square_first * (1 / 120 - square_first / 252))
+        derivative -= square * (1 / 12 - square * (1 / 120 - square / 252))
+    product = torch.ones_like(value)
+    for step in range(1, 4):
+        ratio = x / (theta + step)
+        if slope:
+            derivative += ratio / (above + step)
+        product *= ratio.add_(1)
+    value -= product.log_()
+    return value, derivative if slope else None
 
 
 @dataclass(frozen=True)
@@ -270,35 +301,20 @@ class _Stored:
 
     loss: Tensor
     slope: Tensor
-    grad_theta: Tensor
-
-
-@dataclass(frozen=True)
-class _OfGene:
-    """Dispersions of genes with their gamma functions, (n_genes,) each; digammas where there are gradients."""
-
-    theta: Tensor
-    gamma: Tensor
-    digamma: Tensor | None
+    grad_theta: Tensor | None
 
     @classmethod
-    def of(cls, theta: Tensor, needs_grad: bool) -> _OfGene:
-        return cls(theta, torch.lgamma(theta), torch.digamma(theta) if needs_grad else None)
-
-    def stored(self, x: Tensor, genes: Tensor, log_r: Tensor, weight: Tensor | None) -> _Stored:
-        """Terms of counts ``x`` with log(mu / theta) ``log_r``."""
-        theta = self.theta.index_select(0, genes)
-        above = x + theta
-        gammas = self.gamma.index_select(0, genes).add_(torch.lgamma(x + 1)).sub_(torch.lgamma(above))
-        r = log_r.exp()
-        log_ratio, u = torch.log1p(r), r / (1 + r)
-        loss, slope = gammas + x * (log_ratio - log_r), x * (u - 1)
-        grad_theta = -slope / theta
-        if self.digamma is not None:
-            grad_theta += self.digamma.index_select(0, genes).sub_(_digamma(above))
+    def of(cls, x: Tensor, theta: Tensor, log_r: Tensor, weight: Tensor | None, *, needs_grad: bool) -> _Stored:
+        """Terms of counts ``x`` with dispersion ``theta`` and log(mu / theta) ``log_r``."""
+        gammas, digammas = gamma_differences(x, theta, slope=needs_grad)
+        # -log(r / (1 + r)), and not a difference of logarithms; likewise 1 / (1 + r), and not 1 - r / (1 + r)
+        loss = torch.lgamma(x + 1).sub_(gammas).addcmul_(x, F.softplus(-log_r))
+        slope = torch.sigmoid(-log_r).mul_(x).neg_()
+        grad_theta = None if digammas is None else digammas.neg_().sub_(slope / theta)
         if weight is not None:
-            more = weight - 1
+            more, log_ratio, u = weight - 1, F.softplus(log_r), torch.sigmoid(log_r)
             loss = weight * loss + more * theta * log_ratio
             slope = weight * slope + more * theta * u
-            grad_theta = weight * grad_theta + more * (log_ratio - u)
-        return _Stored(loss, slope, grad_theta)
+            if grad_theta is not None:
+                grad_theta = weight * grad_theta + more * (log_ratio - u)
+        return cls(loss, slope, grad_theta)

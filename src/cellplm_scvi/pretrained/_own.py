@@ -223,6 +223,8 @@ def _checked_registry(registry: dict[str, Any], file: str) -> dict[str, Any]:
             )
             if not 0 <= needed(state, "n_known", int, where) <= len(state["categorical_mapping"]):
                 raise PretrainedFileError(f"{file}: n_known of {where} is {state['n_known']:,}.")
+            if not isinstance(state.get("default", ""), str):
+                raise PretrainedFileError(f"{file}: default of {where} is {quoted(state['default'])}; text is needed.")
         elif name == c.COORDINATES_KEY and needed(state, "n_dims", int, where) not in (2, 3):
             raise PretrainedFileError(f"{file}: n_dims of {where} is {state['n_dims']:,}; 2 or 3 is needed.")
     return registry

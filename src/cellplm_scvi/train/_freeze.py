@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, get_args
@@ -44,7 +45,10 @@ def frozen(module: CellPLMModule, freeze: Freeze | None) -> Iterator[None]:
         parameter.requires_grad_(False)
     module.resting = () if freeze is None else tuple(_resting(module, freeze))
     try:
-        yield
+        with warnings.catch_warnings():
+            if module.resting:  # as is meant here
+                warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
+            yield
     finally:
         module.resting = ()
         for parameter in held:
