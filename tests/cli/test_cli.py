@@ -140,9 +140,32 @@ def test_a_run_does_not_go_on_with_other_arguments(corpus, stopped_run, change, 
 
 def test_a_run_does_not_go_on_with_another_corpus(corpus, stopped_run, tmp_path):
     before = (stopped_run / "config.json").read_text()
-    with pytest.raises(ValueError, match="another corpus .*: corpus was checksum [0-9a-f]*, is checksum [0-9a-f]*.$"):
-        pretrain(another(corpus, tmp_path / "other").path, stopped_run, **RUN)
+    other = another(corpus, tmp_path / "other")
+    fewer = other.to_anndata()[:, :-3].copy()  # of another shape, which no weights of the run would fit
+    few = build_corpus(fewer, tmp_path / "few", shard_size=50, progress=False, spatial_key="spatial", **KEYS)
+    for path in (other.path, few.path):
+        with pytest.raises(ValueError, match="run holds a run on another corpus"):
+            pretrain(path, stopped_run, **RUN)
     assert (stopped_run / "config.json").read_text() == before
+    # a run from before the corpus was noted
+    old = shutil.copytree(stopped_run, tmp_path / "run")
+    noted = json.loads(before)
+    del noted["corpus_checksum"]
+    (old / "config.json").write_text(json.dumps(noted))
+    with pytest.raises(ValueError, match="another corpus .*: corpus was checksum [0-9a-f]*, is checksum [0-9a-f]*.$"):
+        pretrain(other.path, old, **RUN)
+
+
+@pytest.mark.parametrize("kept", [0, 1000])
+@pytest.mark.parametrize("file", ["last.ckpt", "config.json"])
+def test_a_damaged_run_is_named(corpus, stopped_run, tmp_path, capsys, file, kept):
+    folder = shutil.copytree(stopped_run, tmp_path / "run")
+    (folder / file).write_bytes((folder / file).read_bytes()[: min(kept, 50 if file == "config.json" else kept)])
+    settings = tmp_path / "run.yaml"
+    settings.write_text(json.dumps({"corpus": str(corpus.path), "folder": str(folder), **RUN}))
+    with pytest.raises(SystemExit, match="2"):
+        main(["pretrain", str(settings)])
+    assert f"{file} is damaged" in capsys.readouterr().err
 
 
 def test_a_run_goes_on_for_longer_and_in_another_way(corpus, stopped_run, tmp_path):

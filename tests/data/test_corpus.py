@@ -267,6 +267,32 @@ def test_damaged_panels_are_found(tmp_path, tissues):
     Corpus(corpus.path).verify()
 
 
+@pytest.mark.parametrize("what", ["genes", "batch", "group", "text", "shard"])
+def test_damage_of_what_stands_beside_the_counts_is_found(tmp_path, tissues, what):
+    corpus = build_corpus(tissues, tmp_path / "c", progress=False, **KEYS)
+    file = corpus.path / "corpus.json"
+    manifest = json.loads(file.read_text())
+    swapped = manifest["genes"] if what == "genes" else manifest["categories"]["batch"]
+    swapped[0], swapped[1] = swapped[1], swapped[0]
+    if what in ("genes", "batch"):
+        file.write_text(json.dumps(manifest))
+    elif what == "group":
+        (corpus.path / "counts.zarr" / "zarr.json").unlink()
+    else:
+        broken = file if what == "text" else corpus.path / "done" / "0.json"
+        broken.write_bytes(b"\xff" + broken.read_bytes())
+    with pytest.raises(ValueError, match=r"(corpus\.json|counts\.zarr|0\.json) is damaged"):
+        Corpus(corpus.path).verify()
+
+
+def test_counts_that_would_not_fit_are_refused(tmp_path, tissues):
+    tissues = tissues.copy()
+    tissues.X = tissues.X.astype(np.float64)
+    tissues.X[0, 0] = 2.0**32 + 5
+    with pytest.raises(ValueError, match=r"largest count is 4,294,967,301; .* below 2\^32"):
+        build_corpus(tissues, tmp_path / "c", progress=False, **KEYS)
+
+
 def test_a_cell_that_is_there_twice_is_found(tmp_path, tissues):
     corpus = build_corpus(tissues, tmp_path / "c", progress=False, **KEYS)
     file = corpus.path / "cells" / "0.npy"

@@ -310,6 +310,10 @@ def test_messages(corpus):
         CorpusDataModule(corpus, validation=1.5)
     with pytest.raises(RuntimeError, match=r"serve\(model\)"):
         CorpusDataModule(corpus).train_dataloader()
+    with pytest.raises(ValueError, match="early_stopping asked for validation cells; .* validation=0.02"):
+        CellPLM(registry=corpus.registry, n_hidden=16, n_layers=1).train(
+            datamodule=CorpusDataModule(corpus, validation=0.0), max_epochs=1, early_stopping=True
+        )
     with pytest.raises(NotImplementedError, match="build_corpus"):
         CellPLM.setup_annbatch()
     data = CorpusDataModule(corpus)

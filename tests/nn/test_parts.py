@@ -9,7 +9,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cellplm_scvi.nn import GeneEmbedder, GeneMasking, MixtureLatent, SparseCounts, latent_space, position_code
+from cellplm_scvi.nn import (
+    GeneEmbedder,
+    GeneMasking,
+    MixtureLatent,
+    SparseCounts,
+    TransformerEncoder,
+    latent_space,
+    position_code,
+)
 from cellplm_scvi.nn._decoder import BatchAwareDecoder, CovariateCodes
 
 
@@ -124,6 +132,11 @@ def test_cells_without_position_get_one_learned_vector(position, n_dims):
     assert torch.equal(found[2], found[3])
     if position in ("fourier", "sinusoidal"):
         assert not torch.allclose(found[0], found[1])
+
+
+def test_an_encoder_that_does_not_exist():
+    with pytest.raises(ValueError, match='kind="flw" is not one of "flow", "softmax", "mlp"'):
+        TransformerEncoder("flw", 16, 1, 2, 0.0, local=False)
 
 
 def test_a_sinusoid_needs_room():

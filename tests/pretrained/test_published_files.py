@@ -467,6 +467,8 @@ def test_overwritten_entries(mixture_case: Any) -> None:
     assert decoder <= set(report.unused)
     with pytest.raises(PretrainedFileError, match="another shape"):
         CellPLM.from_pretrained(mixture_case.prefix, overwrite_config={"enc_hid": 64})
+    with pytest.warns(UserWarning, match='has no "objectve", and nothing here depends on it'):
+        CellPLM.from_pretrained(mixture_case.prefix, overwrite_config={"objectve": "imputation", "lr": 1.0})
 
 
 def test_annotation_checkpoint(annotation_case: Any) -> None:

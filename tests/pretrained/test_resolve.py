@@ -73,6 +73,24 @@ def test_a_path_is_no_name() -> None:
         resolve(Path("owner/name"))
 
 
+def test_a_path_that_is_here_is_not_asked_of_the_hub(
+    tmp_path: Path, monkeypatch: Any, dissociated_model: CellPLM
+) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # asking it would be an ImportError
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x" / "empty").mkdir(parents=True)
+    (tmp_path / "x" / "a.h5ad").touch()
+    for name in ("x/empty", "x/a.h5ad", "x/typo"):
+        with pytest.raises(FileNotFoundError, match=f'No model at "{name}"'):
+            CellPLM.from_pretrained(name)
+    dissociated_model.save(str(tmp_path / "x" / "saved"))
+    with pytest.raises(FileNotFoundError, match="written by save, .* open it with load"):
+        CellPLM.from_pretrained("x/saved")
+    dissociated_model.save_pretrained("x/own")
+    with pytest.raises(FileNotFoundError, match=r"CellPLM\.from_pretrained"):
+        CellPLM.load("x/own")
+
+
 # -- Names -------------------------------------------------------------------
 
 

@@ -16,11 +16,9 @@ def load_model(name: str | Path, **options: Any) -> CellPLM:
     FileNotFoundError
         If there is none; a path whose parent folder is here is not asked of the hub.
     """
-    path = Path(name).expanduser()
-    here = len(path.parts) > 1 and path.parent.is_dir()
     try:
-        return CellPLM.from_pretrained(path if here else name, **options)
+        return CellPLM.from_pretrained(name, **options)
     except (ConnectionError, FileNotFoundError) as error:
-        if path.exists():
+        if Path(name).expanduser().exists():
             raise
         raise FileNotFoundError(f'There is no folder "{name}". {error}') from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import scvi
 from lightning.pytorch import LightningModule, Trainer
@@ -14,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from cellplm_scvi._compat import HAS_TENSORBOARD, SimpleLogger
 from cellplm_scvi.data._checks import check_sizes, some
+from cellplm_scvi.data._corpus import read_json
 from cellplm_scvi.data._streaming import CorpusDataModule
 from cellplm_scvi.model import CellPLM
 from cellplm_scvi.train import SaveTrainingState, StepLog
@@ -145,6 +147,8 @@ def pretrain(
     check_sizes(**({} if max_steps == -1 else {"max_steps": max_steps}))
     checkpoint = folder / CHECKPOINT
     if checkpoint.exists():
+        if checkpoint.is_file() and not is_zipfile(checkpoint):
+            raise ValueError(f"{checkpoint} is damaged: it was not written to its end. Delete it to begin anew.")
         _check_unchanged(folder, arguments)
     scvi.settings.seed = seed
     run = PRESETS[preset]["run"]
@@ -156,6 +160,9 @@ def pretrain(
         seed=seed,
         num_workers=num_workers,
     )
+    arguments["corpus_checksum"] = data.corpus_checksum
+    if checkpoint.exists():
+        _check_corpus(folder, data.corpus_checksum)
     if start_from is None:
         network = CellPLM(registry=data.registry, **(PRESETS[preset]["model"] | (model or {})))
     else:
@@ -210,12 +217,21 @@ class _ValidateEvery(Callback):
             trainer.check_val_every_n_epoch = max(1, round(self.n_batches / n_epoch))
 
 
+def _begun(folder: Path) -> dict[str, Any]:
+    """Arguments of the run there; none if they were not noted."""
+    file = folder / CONFIG
+    return read_json(file) if file.exists() else {}
+
+
+def _check_corpus(folder: Path, checksum: str) -> None:
+    """Raise if the run there was begun on another corpus; the checkpoint knows it too, but is opened after the weights."""
+    if _begun(folder).get("corpus_checksum", checksum) != checksum:
+        raise ValueError(f"{folder} holds a run on another corpus. Pass that one to go on, or choose another folder.")
+
+
 def _check_unchanged(folder: Path, arguments: dict[str, Any]) -> None:
     """Raise if the run there was begun with other arguments, of those that decide what is trained."""
-    file = folder / CONFIG
-    if not file.exists():
-        return
-    begun = json.loads(file.read_text(encoding="utf-8"))
+    begun = _begun(folder)
     fixed = {name: value for name, value in _as_json(arguments).items() if name in begun and name not in MAY_CHANGE}
     if changed := changes(begun, fixed):
         raise ValueError(

@@ -62,6 +62,14 @@ def _check_files(path: Path, written: Mapping[str, int]) -> None:
         raise ValueError(f"{path} is damaged: {len(bad)} of its files differ from what was written.")
 
 
+def read_json(file: Path) -> Any:
+    """What a file holds that this package wrote; raise a ValueError that names it, if it is damaged."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON, and of bytes that are no text
+        raise ValueError(f"{file} is damaged: it is not what was written ({error}).") from None
+
+
 def _crc(file: Path) -> int:
     value = 0
     with file.open("rb") as stream:
@@ -126,7 +134,7 @@ class Corpus:
         file = self.path / MANIFEST
         if not file.is_file():
             raise FileNotFoundError(f"{self.path} holds no corpus ({MANIFEST} is absent). build_corpus writes one.")
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = read_json(file)
         if manifest.get("format") != FORMAT or manifest.get("version", 0) > FORMAT_VERSION:
             raise ValueError(
                 f'{file} has format "{manifest.get("format")}" {manifest.get("version")}; this package reads "{FORMAT}" '
@@ -308,11 +316,14 @@ class Corpus:
         """Read every file, and raise a ValueError unless each is what :func:`build_corpus` wrote, no cell more or less."""
         if self._panels_written is not None:
             _check_files(self.path / PANELS, self._panels_written)
+        if not (self.path / COUNTS_STORE / "zarr.json").is_file():
+            raise ValueError(f"{self.path / COUNTS_STORE} is damaged: zarr.json is absent.")
         n_cells = 0
         for n in range(self.n_shards):
-            done = json.loads((self.path / DONE_FOLDER / f"{n}.json").read_text(encoding="utf-8"))
+            done = read_json(self.path / DONE_FOLDER / f"{n}.json")
             _check_files(self.path / COUNTS_STORE / f"dataset_{n}", done["counts"])
             _check_files(self.path / CELLS_FOLDER / f"{n}.npy", done["cells"])
+            self._check_names(n)
             n_cells += done["n_cells"]
         rows = np.concatenate([file["source_row"] for file in self._cell_files])
         sample = np.concatenate([file["sample"] for file in self._cell_files])
@@ -323,6 +334,18 @@ class Corpus:
                 f"{self.path} holds {distinct:,} different cells in {n_cells:,}; {self.n_cells:,} expected."
             )
 
+    def _check_names(self, n: int) -> None:
+        """Raise unless names of genes and categories are those that stand with the counts of a shard."""
+        shard, cells = self._shard(n), self._cell_files[n]
+        var, obs = shard["var"], _read(shard["obs"])
+        names = {"genes": (_read(var[var.attrs["_index"]]), self.genes)}
+        for level, known in {**self.categories, c.SAMPLE_KEY: list(self.samples.index)}.items():
+            there = cells[level] >= 0
+            names[level] = (obs[level][there], np.asarray(known, dtype=object)[cells[level][there]])
+        for what, (found, expected) in names.items():
+            if list(map(str, found)) != list(map(str, expected)):
+                raise ValueError(f"{self.path / MANIFEST} is damaged: its {what} are not those of the counts.")
+
     @property
     def n_bytes(self) -> int:
         """Size on disk."""
@@ -331,7 +354,7 @@ class Corpus:
     def info(self) -> dict[str, Any]:
         """Cells, samples, genes and so on in numbers."""
         sizes = self.samples["n_cells"]
-        done = [json.loads((self.path / DONE_FOLDER / f"{n}.json").read_text("utf-8")) for n in range(self.n_shards)]
+        done = [read_json(self.path / DONE_FOLDER / f"{n}.json") for n in range(self.n_shards)]
         n_counts = sum(shard["n_counts"] for shard in done)
         return {
             "cells": self.n_cells,

@@ -201,6 +201,8 @@ def merge_scans(
     samples = _distinct_names(sources, [list(scan.samples) for scan in scans], True)
     n_cells = [sum(scan.samples.values()) for scan in scans]
     largest = max(scan.largest for scan in scans)
+    if largest >= 2**32:
+        raise ValueError(f"The largest count is {largest:,.0f}; a corpus holds counts below 2^32.")
     manifest = {
         "format": FORMAT,
         "version": FORMAT_VERSION,

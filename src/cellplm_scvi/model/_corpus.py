@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any, NoReturn
 
 from cellplm_scvi.data._streaming import CorpusDataModule
+from cellplm_scvi.pretrained._own import WEIGHTS_FILE
+from cellplm_scvi.pretrained._resolve import SAVED_FILE
 
 
 class CorpusMixin:
@@ -17,6 +20,10 @@ class CorpusMixin:
 
         A model that was trained on a corpus has no AnnData: load it with ``datamodule=`` or ``adata=False``.
         """
+        if (Path(dir_path) / WEIGHTS_FILE).is_file() and not any(Path(dir_path).glob(f"*{SAVED_FILE}")):
+            raise FileNotFoundError(
+                f'"{dir_path}" was written by save_pretrained: open it with {cls.__name__}.from_pretrained.'
+            )
         if isinstance(datamodule, CorpusDataModule):  # everything about it is in the registry of the model
             adata, datamodule = False if adata is None else adata, None
         with warnings.catch_warnings():

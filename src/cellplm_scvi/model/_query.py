@@ -15,6 +15,7 @@ from cellplm_scvi.data._fields import report_genes
 from cellplm_scvi.data._vocabulary import gene_columns
 from cellplm_scvi.genes._tables import Organism
 from cellplm_scvi.module import PublishedModule
+from cellplm_scvi.pretrained._resolve import SAVED_FILE
 
 from ._extension import extend, unknown_categories, unseen_is_expected
 from ._pretrained import check_words
@@ -22,9 +23,6 @@ from ._registry import KEY_ARGUMENTS
 
 if TYPE_CHECKING:
     from ._cellplm import CellPLM
-
-#: in a folder that ``save`` wrote
-SAVED_FILE = "model.pt"
 
 
 class QueryMixin:

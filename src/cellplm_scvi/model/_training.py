@@ -141,13 +141,14 @@ class TrainingMixin:
                 f'precision="{precision}" is not available: weights and sums over counts are in single precision. Use '
                 '"32-true", "bf16-mixed" or "16-mixed".'
             )
-        if isinstance(data, SampleSplitter) and data.n_val == 0:
+        n_val = data.n_val if isinstance(data, SampleSplitter) else None
+        n_val = data.val_samples.size if isinstance(data, CorpusDataModule) else n_val
+        if n_val == 0:
             asked = {"early_stopping": early_stopping, **{name: trainer_kwargs.get(name) for name in VALIDATING}}
             if watching := [name for name, value in asked.items() if value]:
-                raise ValueError(
-                    f"{' and '.join(watching)} asked for validation cells; there are none. Use a train_size below 1, and with "
-                    'split_by="samples" several samples.'
-                )
+                how = 'a train_size below 1, and with split_by="samples" several samples'
+                how = "CorpusDataModule(..., validation=0.02)" if isinstance(data, CorpusDataModule) else how
+                raise ValueError(f"{' and '.join(watching)} asked for validation cells; there are none. Use {how}.")
         if self.adata is not None and (new := unknown_categories(self)):  # type: ignore[attr-defined, arg-type]
             warn(
                 f"The model has no contribution of its own for {'; '.join(f'{name} {some(n)}' for name, n in new.items())}: "

@@ -2,7 +2,7 @@
 
 from ._alignment import BatchAlignment
 from ._annotation import AnnotationHead
-from ._attention import Neighbourhood, Packing
+from ._attention import FlowAttention, LocalAttention, Neighbourhood, Packing, SoftmaxAttention
 from ._decoder import BatchAwareDecoder
 from ._embedder import GeneEmbedder
 from ._encoders import Encoder, TransformerEncoder
@@ -20,10 +20,12 @@ __all__ = [
     "BatchAlignment",
     "BatchAwareDecoder",
     "Encoder",
+    "FlowAttention",
     "GeneEmbedder",
     "GeneMasking",
     "GeneOutput",
     "Latent",
+    "LocalAttention",
     "MixtureLatent",
     "Neighbourhood",
     "Packing",
@@ -31,6 +33,7 @@ __all__ = [
     "PerturbationHead",
     "PerturbationMark",
     "Position",
+    "SoftmaxAttention",
     "SparseCounts",
     "TransformerEncoder",
     "latent_space",

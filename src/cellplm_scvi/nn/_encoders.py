@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +101,8 @@ class TransformerEncoder(CellEncoder):
 
     def __init__(self, kind: Encoder, n_hidden: int, n_layers: int, n_heads: int, dropout_rate: float, *, local: bool):
         super().__init__()
+        if kind not in (kinds := get_args(Encoder)):
+            raise ValueError(f'kind="{kind}" is not one of {", ".join(f'"{word}"' for word in kinds)}.')
         attentions: dict[str, type[GlobalAttention]] = {"flow": FlowAttention, "softmax": SoftmaxAttention}
         self.attention = attentions.get(kind)
 

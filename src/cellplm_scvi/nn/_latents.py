@@ -87,7 +87,7 @@ class MixtureLatent(GaussianLatent):
     component, :math:`q(y|z) = p(y|z)`, is their responsibilities, so that the two terms of the paper,
     :math:`E_{q(y|z)}[\log q(z|h) - \log p(z|y)]` and :math:`KL(q(y|z) \| \pi)`, add up to
     :math:`\log q(z|h) - \log p(z)`, which is estimated with the draw of z that the decoder sees. Both are live: means,
-    variances and weights of the components get a gradient at every step.
+    variances and weights of the components get a gradient at every step where the divergence counts.
 
     In each dimension, the mixture as a whole has mean 0 and variance 1, at most a quarter of it between the components,
     whose variances differ by a bounded factor. A divergence costs nothing where components and cells move apart together, so that without these

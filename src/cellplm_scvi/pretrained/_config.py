@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from cellplm_scvi.data._checks import warn
 from cellplm_scvi.nn.published import PublishedConfig
 
 from ._errors import PretrainedFileError, listed, quoted
@@ -140,7 +141,8 @@ def read_config(path: Path, overwrite: Mapping[str, Any] | None = None) -> ReadC
     PretrainedFileError
         If it is not one, or needs something that is not supported.
     """
-    raw = {**read_json(path), **(overwrite or {})}
+    in_file = read_json(path)
+    raw = {**in_file, **(overwrite or {})}
     entries = Entries(raw, path.name)
     genes = entries.genes("gene_list")
     entries.word("enc_mod", ..., {"flowformer": "flow"})
@@ -185,6 +187,11 @@ def read_config(path: Path, overwrite: Mapping[str, Any] | None = None) -> ReadC
         weight_categorical=entries.number("w_en", 1.0),
     )
     _check_together(config, path.name)
+    if odd := [name for name in overwrite or {} if name not in entries.used and name not in in_file]:
+        warn(
+            f"overwrite_config: {path.name} has no {listed(odd)}, and nothing here depends on it. What counts is "
+            f"{listed(sorted(entries.used), 40)}."
+        )
     return ReadConfig(config, genes, entries.used, sorted(name for name in raw if name not in entries.used))
 
 

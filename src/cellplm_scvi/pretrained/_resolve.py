@@ -12,6 +12,8 @@ from ._errors import PretrainedFileError, listed
 from ._own import CONFIG_FILE, WEIGHTS_FILE
 from ._published import CHECKPOINT_SUFFIX, CONFIG_SUFFIX
 
+#: in a folder that ``save`` wrote
+SAVED_FILE = "model.pt"
 #: owner/name, and optionally the prefix of a published model inside the repository
 _HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*)((?:/[\w.-]+)*)")
 
@@ -59,7 +61,12 @@ def resolve(
     found = _local(Path(path_or_name).expanduser(), name) if name else None
     if found is not None:
         return found
-    match = None if isinstance(path_or_name, Path) else _HUB_NAME.fullmatch(name)
+    path = Path(path_or_name).expanduser()
+    if name and isfile(path / SAVED_FILE):
+        raise FileNotFoundError(f'"{name}" was written by save, which pickles: open it with load, if you trust it.')
+    # a name whose folder is here is meant as a path, and not asked of the hub
+    here = bool(name) and (isdir(path) or isfile(path) or (len(path.parts) > 1 and isdir(path.parent)))
+    match = None if isinstance(path_or_name, Path) or here else _HUB_NAME.fullmatch(name)
     if match is None:
         raise FileNotFoundError(
             f'No model at "{name}". It may be a folder with {CONFIG_FILE} and {WEIGHTS_FILE} (as save_pretrained writes it), '
