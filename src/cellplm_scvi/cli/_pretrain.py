@@ -8,6 +8,7 @@ from typing import Any
 from zipfile import is_zipfile
 
 import scvi
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -160,9 +161,8 @@ def pretrain(
         seed=seed,
         num_workers=num_workers,
     )
-    arguments["corpus_checksum"] = data.corpus_checksum
-    if checkpoint.exists():
-        _check_corpus(folder, data.corpus_checksum)
+    if checkpoint.is_file():
+        _check_corpus(checkpoint, data)
     if start_from is None:
         network = CellPLM(registry=data.registry, **(PRESETS[preset]["model"] | (model or {})))
     else:
@@ -217,21 +217,21 @@ class _ValidateEvery(Callback):
             trainer.check_val_every_n_epoch = max(1, round(self.n_batches / n_epoch))
 
 
-def _begun(folder: Path) -> dict[str, Any]:
-    """Arguments of the run there; none if they were not noted."""
-    file = folder / CONFIG
-    return read_json(file) if file.exists() else {}
-
-
-def _check_corpus(folder: Path, checksum: str) -> None:
-    """Raise if the run there was begun on another corpus; the checkpoint knows it too, but is opened after the weights."""
-    if _begun(folder).get("corpus_checksum", checksum) != checksum:
-        raise ValueError(f"{folder} holds a run on another corpus. Pass that one to go on, or choose another folder.")
+def _check_corpus(checkpoint: Path, data: CorpusDataModule) -> None:
+    """Raise if the run there was begun on another corpus: Lightning would only ask after it has restored the weights."""
+    state = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=False).get(type(data).__qualname__, {})
+    if state.get("corpus", data.corpus_checksum) != data.corpus_checksum:
+        raise ValueError(
+            f"{checkpoint.parent} holds a run on another corpus. Pass that one to go on, or choose another folder."
+        )
 
 
 def _check_unchanged(folder: Path, arguments: dict[str, Any]) -> None:
     """Raise if the run there was begun with other arguments, of those that decide what is trained."""
-    begun = _begun(folder)
+    file = folder / CONFIG
+    if not file.exists():
+        return
+    begun = read_json(file)
     fixed = {name: value for name, value in _as_json(arguments).items() if name in begun and name not in MAY_CHANGE}
     if changed := changes(begun, fixed):
         raise ValueError(
