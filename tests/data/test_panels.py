@@ -178,3 +178,25 @@ def test_columns_of_truth_values_can_be_written(reference, section, tmp_path):
     joined.write_h5ad(tmp_path / "joined.h5ad")
     again = anndata.read_h5ad(tmp_path / "joined.h5ad")
     pd.testing.assert_series_equal(again.obs["doublet"], joined.obs["doublet"])
+
+
+def test_what_was_joined_before_is_not_taken_for_measured():
+    rng = np.random.default_rng(0)
+    parts = {
+        name: AnnData(
+            sp.csr_matrix(rng.poisson(1.0, (6, n)).astype(np.float32)),
+            var=pd.DataFrame(index=[f"gene{i}" for i in range(n)]),
+            obs=pd.DataFrame(index=[f"{name}{i}" for i in range(6)]),
+        )
+        for name, n in (("A", 20), ("B", 12), ("C", 15))
+    }
+    joined = concat_panels({"A": parts["A"], "B": parts["B"]})
+    for label in ("dataset", "study"):
+        with pytest.raises(ValueError, match='Data set "j": .*"B" did not measure all of its genes'):
+            concat_panels({"j": joined, "C": parts["C"]}, label=label)
+    # what it advises, and a part whose cells measured all
+    table = joined.varm["measured_genes"]
+    b = joined[(joined.obs["dataset"] == "B").to_numpy(), table["B"].to_numpy()].copy()
+    a = joined[(joined.obs["dataset"] == "A").to_numpy()].copy()
+    again = concat_panels({"A": a, "B": b, "C": parts["C"]})
+    assert again.varm["measured_genes"].sum().tolist() == [20, 12, 15]

@@ -213,3 +213,12 @@ def test_the_model_takes_them():
 def test_impossible_sizes(arguments, message):
     with pytest.raises(ValueError, match=message):
         synthetic_tissues(**arguments)
+
+
+def test_true_shares_are_of_all_genes():
+    adata = synthetic_tissues(60, 20, 2)
+    assert true_shares(adata[:30].copy()).shape == (30, 20)
+    with pytest.raises(ValueError, match="of 20 genes, 5 are left"):
+        true_shares(adata[:, :5].copy())
+    with pytest.raises(ValueError, match="these are not"):
+        true_shares(AnnData(np.ones((3, 4))))

@@ -394,3 +394,41 @@ def test_data_sets_without_cells_teach_nothing(adata):
     model.train(max_epochs=1, accelerator="cpu", enable_progress_bar=False)
     with pytest.raises(ValueError, match="shares with other data sets are 0"):
         model.get_imputation_reliability("spatial")
+
+
+def test_what_was_given_before_does_not_matter(model, adata, tmp_path):
+    """A model that was loaded without data takes the reference from those that it is given, each time."""
+    model.save(str(tmp_path / "model"))
+    expected = model.get_imputed_expression(adata.copy())
+    section = adata[(adata.obs["dataset"] == "spatial").to_numpy()].copy()
+    loaded = CellPLM.load(str(tmp_path / "model"), adata=False, accelerator="cpu")
+    with pytest.warns(
+        UserWarning, match="20 genes are measured by no cell that the model has at hand .*Load the model with"
+    ):
+        alone = loaded.get_imputed_expression(section.copy())
+    pd.testing.assert_frame_equal(loaded.get_imputed_expression(adata.copy()), expected, rtol=1e-4)
+    whole = CellPLM.load(str(tmp_path / "model"), adata=adata.copy(), accelerator="cpu")
+    again = whole.get_imputed_expression(section.copy())
+    pd.testing.assert_frame_equal(again, expected.loc[again.index], rtol=1e-4)
+    assert not np.allclose(alone, again)
+
+
+def test_panels_without_a_common_gene_are_said(adata):
+    adata = adata.copy()
+    table = pd.DataFrame(adata.varm["measured_genes"]).copy()
+    table["reference"] = ~table["spatial"]
+    adata.varm["measured_genes"] = table
+    adata.X = sp.csr_matrix(adata.X.toarray() * table[adata.obs["dataset"]].to_numpy().T)
+    CellPLM.setup_anndata(adata, **KEYS)
+    model = CellPLM(adata, n_hidden=16, n_latent=4, n_layers=1)
+    model.train(1, accelerator="cpu", enable_progress_bar=False)
+    with pytest.warns(UserWarning, match="60 genes are NaN .*: no data set that measured them shares a gene"):
+        model.get_imputed_expression()
+
+
+def test_a_table_of_genes_without_a_column_of_data_sets(model, adata):
+    section = adata[(adata.obs["dataset"] == "spatial").to_numpy()].copy()
+    del section.obs["dataset"]
+    with pytest.warns(UserWarning, match='"dataset".* is absent: every gene of the AnnData counts as measured'):
+        z = model.get_latent_representation(section)
+    assert np.isfinite(z).all()

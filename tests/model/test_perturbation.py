@@ -453,3 +453,41 @@ def test_predictions_that_do_not_generalise_are_not_trusted():
     trust = trusted(truth, np.full_like(truth, 0.01), np.stack([good, bad]), [(0.0, 1.0)] * 2)
     assert trust[0] > 0.7
     assert trust[1] < 0.1
+
+
+def test_another_word_for_controls(model, adata):
+    new = adata.copy()
+    new.obs["perturbation"] = new.obs["perturbation"].astype(str).replace("control", "ctrl")
+    expected = model.predict_perturbation("gene1", adata.copy())
+    CellPLM.setup_anndata(new, **(KEYS | {"control_category": "ctrl"}))
+    pd.testing.assert_frame_equal(model.predict_perturbation("gene1", new), expected, rtol=1e-4)
+    with pytest.warns(UserWarning, match='no cell of control_category="nobody" \\(it has'):
+        CellPLM.setup_anndata(new, **(KEYS | {"control_category": "nobody"}))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"batch_size": 0}, ValueError, "batch_size=0 must"),
+        ({"batch_size": "a"}, ValueError, "batch_size='a' must"),
+        ({"library_size": -1}, ValueError, "library_size=-1 must"),
+        ({"library_size": None}, ValueError, "library_size=None must"),
+        ({"perturbation": float("nan")}, TypeError, "perturbation=nan is not the name"),
+        ({"perturbation": ["gene1", "gene2"]}, TypeError, "get_perturbation_effect takes a list"),
+    ],
+)
+def test_arguments_that_mean_nothing(model, options, error, message):
+    with pytest.raises(error, match=message):
+        model.predict_perturbation(**({"perturbation": "gene1"} | options))
+
+
+def test_the_own_library_of_a_perturbed_cell(model, adata):
+    name = model._perturbation["elements"][0]
+    shares, counts = model.predict_perturbation(name), model.predict_perturbation(name, library_size="latent")
+    library = pd.Series(model.get_latent_library_size(), index=adata.obs_names)[shares.index]
+    np.testing.assert_allclose(counts, shares.mul(library, axis=0), rtol=1e-4)
+
+
+def test_a_learning_rate_that_diverges(adata):
+    with pytest.raises(ValueError, match="lr=0 must be a positive number"):
+        fit(adata.copy(), lr=0)

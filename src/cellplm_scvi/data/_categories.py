@@ -180,6 +180,16 @@ class AnnotationField(CovariateField):
         return {**state_registry, self.CATEGORICAL_MAPPING_KEY: mapping}
 
 
+def are_controls(names: np.ndarray, control: str) -> np.ndarray:
+    """Which names of perturbations, (n,), mean none, (n,); names that could not be trained are none of them."""
+    return np.array([str(name) == control or parts_of(name) == {control} for name in names], dtype=bool)
+
+
+def parts_of(perturbation: str) -> set[str]:
+    """Names of what a name of a perturbation joins by "+"."""
+    return {name.strip() for name in str(perturbation).split("+")}
+
+
 class PerturbationField(AnnotationField):
     """The perturbation of each cell. A missing column means ``default``, the controls; a missing value is an error."""
 
@@ -195,7 +205,15 @@ class PerturbationField(AnnotationField):
 
     def register_field(self, adata: AnnData) -> dict:
         self.validate_field(adata)
-        return super().register_field(adata)
+        state = super().register_field(adata)
+        names = state[self.CATEGORICAL_MAPPING_KEY]
+        if not np.isin(adata.obs[self.attr_key], np.flatnonzero(are_controls(names, self.default))).any():
+            found = names[names != self.default]
+            warn(
+                f'obs["{self._original_attr_key}"] has no cell of control_category="{self.default}" (it has {some(found)}): '
+                "perturbations are learned and predicted from controls."
+            )
+        return state
 
     def transfer_field(self, state_registry: dict, adata_target: AnnData, **kwargs: Any) -> dict:
         self.validate_field(adata_target)

@@ -75,6 +75,7 @@ def concat_panels(
             counts[name] = _counts(adata, layer)
         except (ValueError, TypeError, KeyError) as error:
             raise type(error)(f'Data set "{name}": {error.args[0]}') from None
+    _check_not_joined(named, label)
     _check_genes(named)
     genes = pd.Index(list(dict.fromkeys(gene for adata in named.values() for gene in adata.var_names)))
     var = pd.DataFrame(index=genes)
@@ -95,6 +96,22 @@ def concat_panels(
     if coordinates is not None:
         joined.obsm[spatial_key] = coordinates
     return joined
+
+
+def _check_not_joined(named: Mapping[str, AnnData], label: str) -> None:
+    """Raise if a data set has genes that some of its cells did not measure."""
+    for name, adata in named.items():
+        if MEASURED_GENES not in adata.varm:
+            continue
+        table = pd.DataFrame(adata.varm[MEASURED_GENES])
+        columns = [obs for key in (label, "dataset") if key in adata.obs for obs in [adata.obs[key].astype(str)]]
+        held = next((obs.unique() for obs in columns if obs.isin(table.columns.astype(str)).all()), table.columns)
+        lacking = [str(one) for one in table.columns if str(one) in set(map(str, held)) and not table[one].all()]
+        if lacking:
+            raise ValueError(
+                f'Data set "{name}": by varm["{MEASURED_GENES}"], {some(lacking)} did not measure all of its genes. Pass each data '
+                f'set by itself with the genes that it measured, adata[cells, adata.varm["{MEASURED_GENES}"][name]].'
+            )
 
 
 def _named(

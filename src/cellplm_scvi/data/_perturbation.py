@@ -8,6 +8,7 @@ import numpy as np
 
 from cellplm_scvi import _constants as c
 
+from ._categories import are_controls, parts_of
 from ._checks import CHUNK_ROWS, warn
 from ._table import CellTable
 
@@ -23,25 +24,12 @@ UNMEASURED = 1e6
 
 def elements_of(perturbation: str, control: str) -> tuple[str, ...]:
     """Names of what is perturbed: ``"A+B"`` is A and B, in alphabetical order, ``"A+control"`` is A, and ``"control"`` nothing."""
-    if _is_control(perturbation, control):
+    if are_controls(np.array([perturbation], dtype=object), control)[0]:
         return ()
-    names = _parts(perturbation)
+    names = parts_of(perturbation)
     if "" in names:
         raise ValueError(f'"{perturbation}" is not the name of a perturbation, such as "A", or "A+B" for a pair.')
     return tuple(sorted(names - {control}))
-
-
-def are_controls(names: np.ndarray, control: str) -> np.ndarray:
-    """Which names of perturbations, (n,), mean none, (n,); names that could not be trained are none of them."""
-    return np.array([_is_control(name, control) for name in names], dtype=bool)
-
-
-def _is_control(perturbation: str, control: str) -> bool:
-    return str(perturbation) == control or _parts(perturbation) == {control}
-
-
-def _parts(perturbation: str) -> set[str]:
-    return {name.strip() for name in str(perturbation).split("+")}
 
 
 @dataclass(frozen=True)

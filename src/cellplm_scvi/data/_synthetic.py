@@ -176,6 +176,7 @@ def synthetic_tissues(
     adata = AnnData(obs=frame, var=var)
     adata.obsm.update(obsm)
     adata.varm.update(varm)
+    adata.uns["n_genes"] = n_genes
     adata.uns["regulation"] = regulation
     adata.uns["perturbed_genes"] = {name: name.split("+") for name in names[1:]}
     if regulator_activity:
@@ -188,7 +189,18 @@ def true_shares(adata: AnnData) -> pd.DataFrame:
     """Expected share of every gene in a cell of :func:`~cellplm_scvi.data.synthetic_tissues`, measured or not, (n_cells, n_genes).
 
     Times ``obs["depth"]`` they are the means of the counts.
+
+    Raises
+    ------
+    ValueError
+        If these are no such tissues, or not all their genes.
     """
+    if adata.uns.get("n_genes") != adata.n_vars:
+        n = adata.uns.get("n_genes")
+        found = f"of {n:,} genes, {adata.n_vars:,} are left" if n else "these are not"
+        raise ValueError(
+            f"true_shares is of what synthetic_tissues returned, whole: {found}. Take true_shares of that, and then rows and columns."
+        )
 
     def effects(name: str) -> pd.DataFrame:
         return pd.DataFrame(adata.varm[f"{name}_effects"])

@@ -275,9 +275,12 @@ def _panels(
         if present.all():
             return None, None
         return present[None], np.zeros(adata.n_obs, dtype=np.int64)
+    field_state = manager.get_state_registry(c.DATASET_KEY)
+    if field_state.original_key not in _holder(manager, c.DATASET_KEY).obs:
+        warn(f'obs["{field_state.original_key}"] is absent: every gene of the AnnData counts as measured.')
+        return (None, None) if present.all() else (present[None], np.zeros(adata.n_obs, dtype=np.int64))
     table = pd.DataFrame(adata.varm[registry[c.MEASURED_GENES_KEY].attr_key])
     table = table.set_axis(table.columns.astype(str), axis=1)
-    field_state = manager.get_state_registry(c.DATASET_KEY)
     names = _holder(manager, c.DATASET_KEY).obs[field_state.original_key].astype(str)
     names = _in_order(manager, c.DATASET_KEY, names.to_numpy())
     panel, used = pd.factorize(names)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import AnnOrMuData
-from cellplm_scvi.data._checks import as_names, check_library_size, check_sizes, counted, some
+from cellplm_scvi.data._checks import as_names, check_library_size, check_sizes, counted, some, warn
 from cellplm_scvi.data._table import CellTable
 from cellplm_scvi.data._vocabulary import gene_columns
 from cellplm_scvi.model._embedding import fixed_draws
@@ -61,7 +61,9 @@ class ImputationMixin:
 
         The embedding keeps of a cell what it can learn to keep. The rest of what the measured genes say is added by a ridge
         regression of log expression on the genes that both measured, fitted to the cells of the other data set in the model's
-        AnnData: the log of what is returned lies between both, see ``regression_weight``. Cells with positions are embedded
+        AnnData (in ``adata``, if the model was loaded without): the log of what is returned lies between both, see
+        ``regression_weight``. It is about genes standardised in each data set, so that what it adds to a cell depends on which
+        other cells of its data set are in ``adata``, though not on ``indices``. Cells with positions are embedded
         without them for genes that only cells without positions teach, as these are.
 
         Parameters
@@ -71,12 +73,13 @@ class ImputationMixin:
         gene_list
             Genes of the model to return, in this order; ``None`` is all of them.
         library_size
-            Counts that the measured genes of a cell add up to; ``"latent"`` is the cell's own library.
+            Counts that the measured genes of a cell add up to, with genes that ``size_factor_key`` alone counts if there are such;
+            ``"latent"`` is the cell's own library.
         n_samples
             1 decodes the mean of q(z|h); more average over draws.
         return_std
             Also return the standard deviation of the expectation over draws of z (25, unless ``n_samples`` is larger
-            than 1). It says how well the cell's state is known, and is zero with ``latent="deterministic"``; how well a
+            than 1; these draws depend on ``indices`` and ``batch_size``). It says how well the cell's state is known, and is zero with ``latent="deterministic"``; how well a
             gene is predicted by that state is another matter, see :meth:`get_imputation_reliability`.
         regression_weight
             Weight of the regression, from 0 (what the model decodes) to 1, for genes that were not measured.
@@ -101,7 +104,7 @@ class ImputationMixin:
         if return_std and n_samples == 1:
             n_samples = 25
         table = self._table(adata)  # type: ignore[attr-defined]
-        teachers = None if table.measured is None else self._teachers()
+        teachers = None if table.measured is None else self._teachers(table)
         profiles = [] if teachers is None else self._panel_profiles(teachers)
         regressions: list[PanelRegression] = []
         if regression_weight > 0 and teachers is not None:
@@ -120,6 +123,7 @@ class ImputationMixin:
         if placeless.any():
             alone = self._imputed_rows(adata, asked, profiles, regressions, positions=False)
             mean, deviation = (np.where(placeless, *both) for both in zip(alone, (mean, deviation), strict=True))
+        _say_untaught(lacking, np.isnan(mean), teachers, columns, names, regression_weight)
         index = adata.obs_names[rows]
         frames = [pd.DataFrame(values, index=index, columns=names) for values in (mean, deviation)]
         return (frames[0], frames[1]) if return_std else frames[0]
@@ -227,12 +231,10 @@ class ImputationMixin:
             )
         return columns, wanted
 
-    def _teachers(self) -> CellTable | None:
-        """The cells of the model's AnnData, if it has one; those that measured every gene are a panel as well."""
-        manager = self.adata_manager  # type: ignore[attr-defined]
-        if manager is None:
-            return None
-        table = CellTable.from_manager(manager)
+    def _teachers(self, given: CellTable) -> CellTable:
+        """The cells of the model's AnnData, else those given; those that measured every gene are a panel as well."""
+        own = self.adata_manager  # type: ignore[attr-defined]
+        table = given if own is None or self._adopted else CellTable.from_manager(own)  # type: ignore[attr-defined]
         if table.measured is not None:
             return table
         whole = np.ones((1, table.counts.n_genes), dtype=bool)
@@ -290,6 +292,32 @@ class ImputationMixin:
             n = n + new
         # a gene that no data set of the model measured together with these has no value
         return torch.where(known, own, torch.where(n > 0, total / n.clamp_min(1), torch.nan))
+
+
+def _say_untaught(
+    lacking: np.ndarray,
+    absent: np.ndarray,
+    teachers: CellTable | None,
+    columns: np.ndarray,
+    names: pd.Index,
+    weight: float,
+) -> None:
+    """Warn of genes, of those asked for, that no cell teaches, or none that shares a gene with the cells that lack them."""
+    if teachers is None:
+        return
+    untaught = lacking.any(0) & ~teachers.measured[:, columns].any(0)  # type: ignore[index]
+    if untaught.any() and weight > 0:
+        warn(
+            f"{counted(int(untaught.sum()), 'gene is', 'genes are')} measured by no cell that the model has at hand "
+            f"({some(names[untaught])}): decoded alone, without a regression on other genes. Load the model with the AnnData of "
+            "the reference to have both."
+        )
+    apart = (lacking & absent).any(0)
+    if apart.any():
+        warn(
+            f"{counted(int(apart.sum()), 'gene is', 'genes are')} NaN ({some(names[apart])}): no data set that measured "
+            "them shares a gene with the data set that lacks them."
+        )
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,9 @@ from ._registry import columns_read, manager_of, reading, set_up_as
 class NewDataMixin:
     """Registers data with a model, by their own set-up or by the model's."""
 
+    #: whether the model's AnnData is the first one that a method was given, after it was loaded without
+    _adopted = False
+
     def _validate_anndata(self, adata: AnnOrMuData | None = None, copy_if_view: bool = True) -> AnnOrMuData:
         if adata is None and self.adata_manager is None:  # type: ignore[attr-defined]
             raise ValueError(
@@ -79,7 +82,7 @@ class NewDataMixin:
             set_up[key] = before
         self._register_manager_for_instance(manager)  # type: ignore[attr-defined]
         if self.adata_manager is None:  # type: ignore[attr-defined]
-            self._adata, self._adata_manager = adata, manager
+            self._adata, self._adata_manager, self._adopted = adata, manager, True
 
     def _read_annotations(self) -> None:
         """Read labels and perturbations of the model's own data again: they may have been mended since the last training."""
@@ -94,3 +97,4 @@ class NewDataMixin:
         """Make data the model's own, by its own registry."""
         self._register_data(adata, self.registry_)  # type: ignore[attr-defined]
         self.adata = adata
+        self._adopted = False

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from numbers import Number
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -12,9 +13,9 @@ from torch import Tensor
 
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import AnnOrMuData, move_to_device
-from cellplm_scvi.data._categories import AnnotationField, as_text
-from cellplm_scvi.data._checks import some, warn
-from cellplm_scvi.data._perturbation import are_controls, elements_of
+from cellplm_scvi.data._categories import AnnotationField, are_controls, as_text
+from cellplm_scvi.data._checks import check_library_size, check_sizes, some, warn
+from cellplm_scvi.data._perturbation import elements_of
 from cellplm_scvi.data._table import registered_codes
 from cellplm_scvi.nn._perturbation import UNKNOWN, perturbed_shares
 
@@ -32,7 +33,7 @@ class PerturbationMixin(PerturbationTrainingMixin):
         adata: AnnOrMuData | None = None,
         indices: Sequence[int] | None = None,
         gene_list: Sequence[str] | None = None,
-        library_size: float = 1,
+        library_size: float | Literal["latent"] = 1,
         batch_size: int | None = None,
     ) -> pd.DataFrame:
         """Expected expression of control cells, had they been perturbed.
@@ -48,9 +49,10 @@ class PerturbationMixin(PerturbationTrainingMixin):
         indices
             Control cells to predict, in this order; ``None`` is all of them.
         gene_list
-            Genes to return; ``None`` is all that the AnnData shares with the model.
+            Genes to return, in the order of ``adata.var_names``; ``None`` is all that the AnnData shares with the model.
         library_size
-            Counts that the expression of a cell adds up to, over the genes it measured.
+            Counts that the expression of a cell adds up to, over the genes it measured, with genes that ``size_factor_key`` alone
+            counts if there are such; ``"latent"`` is the cell's own library.
         batch_size
             Cells that the encoder takes at once; ``None`` chooses by memory.
 
@@ -65,10 +67,15 @@ class PerturbationMixin(PerturbationTrainingMixin):
             If perturbations are not trained, ``perturbation`` is neither one of the training data nor a gene, or there are
             no control cells.
         """
+        check_library_size(library_size)
         adata, rows, genes, names = self._asked(adata, indices, gene_list)
         predicted = np.empty((rows.size, len(names)), dtype=np.float32)
         for places, _, (after,) in self._perturbed(adata, rows, [self._resolve(perturbation)], batch_size):
-            predicted[places] = after[:, genes].cpu().numpy() * library_size
+            predicted[places] = after[:, genes].cpu().numpy()
+        if library_size == "latent":
+            predicted *= self.get_latent_library_size(adata, rows)[:, None]  # type: ignore[attr-defined]
+        else:
+            predicted *= library_size
         return pd.DataFrame(predicted, index=adata.obs_names[rows], columns=names)
 
     @torch.inference_mode()
@@ -92,7 +99,8 @@ class PerturbationMixin(PerturbationTrainingMixin):
         Returns
         -------
         DataFrame with a row for each perturbation and gene (a MultiIndex of these), and columns ``lfc_mean``, the log2 fold
-        change of the mean expression of the control cells, and ``lfc_std``, its standard error: what the number of
+        change of the mean expression of the control cells (in the company of control cells alone, as if only they were in the
+        AnnData), and ``lfc_std``, its standard error: what the number of
         cells and the shrinkage leave open, or for elements that were never perturbed how far changes usually are from
         what is expected. NaN for genes that the data set of no control cell measured.
 
@@ -153,6 +161,10 @@ class PerturbationMixin(PerturbationTrainingMixin):
 
     def _resolve(self, perturbation: str) -> tuple[list[int], list[int]]:
         """Indices of the elements that training had, and codes of the others."""
+        if not isinstance(perturbation, str | Number) or perturbation != perturbation:
+            raise TypeError(
+                f"perturbation={perturbation!r} is not the name of one; get_perturbation_effect takes a list of names."
+            )
         elements = elements_of(as_text(perturbation), self._control)
         if not elements:
             raise ValueError(f'"{self._control}" is no perturbation; get_normalized_expression gives it.')
@@ -189,6 +201,8 @@ class PerturbationMixin(PerturbationTrainingMixin):
         self, adata: AnnOrMuData, rows: np.ndarray, perturbations: list[tuple[list[int], list[int]]], size: int | None
     ) -> Iterable[tuple[np.ndarray, Tensor, list[Tensor]]]:
         """For some rows at a time: their places in ``rows``, shares of genes, and those with each perturbation."""
+        if size is not None:
+            check_sizes(batch_size=size)
         module = self.module.eval()
         table = self._table(adata)  # type: ignore[attr-defined]
         pool = np.flatnonzero(self._is_control(adata))

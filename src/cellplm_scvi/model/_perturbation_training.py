@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 import numpy as np
@@ -14,10 +15,10 @@ from torch import Tensor
 
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import move_to_device
-from cellplm_scvi.data._categories import AnnotationField, as_text
+from cellplm_scvi.data._categories import AnnotationField, are_controls, as_text
 from cellplm_scvi.data._checks import check_sizes, some
 from cellplm_scvi.data._loader import CellDataset, find_nearest, whole_sample_loader
-from cellplm_scvi.data._perturbation import Changes, ControlPairs, are_controls, observed_changes, pair_with_controls
+from cellplm_scvi.data._perturbation import Changes, ControlPairs, observed_changes, pair_with_controls
 from cellplm_scvi.data._table import CellTable
 from cellplm_scvi.genes import map_genes
 from cellplm_scvi.genes._mapping import Target
@@ -88,6 +89,8 @@ class PerturbationTrainingMixin:
             one, or ``n_steps`` is not positive. What was trained before stays, whatever stops this.
         """
         check_sizes(n_steps=n_steps)
+        if not isinstance(lr, Real) or not 0 < lr < np.inf:
+            raise ValueError(f"lr={lr!r} must be a positive number.")
         if mark not in get_args(PerturbationMark):
             raise ValueError(f'mark="{mark}" is not one of {some(get_args(PerturbationMark))}.')
         if isinstance(self.module, PublishedModule):
@@ -232,6 +235,8 @@ class PerturbationTrainingMixin:
             "attenuation": fit.settings.attenuation,
             "interaction": fit.settings.interaction,
         }
+        if not all(np.isfinite(value).all() for value in values.values()):
+            raise RuntimeError(f"Training of perturbations has diverged with lr={lr:g}: pass a smaller one.")
         for name, value in values.items():
             buffer = getattr(head, name)
             buffer.copy_(torch.as_tensor(np.asarray(value), dtype=buffer.dtype))

@@ -135,6 +135,8 @@ def reading(registry: Mapping[str, Any], adata: AnnOrMuData, own: Mapping[str, A
         holder = getattr(part_of(adata, modalities.get(name)), place)
         keys = (own.get(name), saved[name], *earlier.get(name, []))
         arguments[name] = next((key for key in keys if key is not None and key in holder), default)
+        if name in WORDS and own.get(name) is not None and WORDS[name] in own:
+            arguments[WORDS[name]] = own[WORDS[name]]
     return arguments
 
 
