@@ -278,20 +278,19 @@ def gamma_differences(x: Tensor, theta: Tensor, *, slope: bool = True) -> tuple[
     value = (last - 0.5) * log_ratio - x + x * first.log()
     value += inverse * (1 / 12 - square * (1 / 360 - square / 1260))
     value -= inverse_first * (1 / 12 - square_first * (1 / 360 - square_first / 1260))
-    value -= above.log() - theta.log()
     derivative = log_ratio
     if slope:
         derivative += x / above / theta
         derivative += 0.5 * (inverse_first - inverse)
         derivative += square_first * (1 / 12 - square_first * (1 / 120 - square_first / 252))
         derivative -= square * (1 / 12 - square * (1 / 120 - square / 252))
-    product = torch.ones_like(value)
+    product = above  # of what the steps of the recurrence multiply
     for step in range(1, 4):
         ratio = x / (theta + step)
         if slope:
             derivative += ratio / (above + step)
-        product *= ratio.add_(1)
-    value -= product.log_()
+        product = product * ratio.add_(1)
+    value -= product.log() - theta.log()
     return value, derivative if slope else None
 
 
