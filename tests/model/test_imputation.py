@@ -411,6 +411,9 @@ def test_what_was_given_before_does_not_matter(model, adata, tmp_path):
     again = whole.get_imputed_expression(section.copy())
     pd.testing.assert_frame_equal(again, expected.loc[again.index], rtol=1e-4)
     assert not np.allclose(alone, again)
+    late = CellPLM.load(str(tmp_path / "model"), adata=False, accelerator="cpu")
+    late.adata = adata.copy()
+    pd.testing.assert_frame_equal(late.get_imputed_expression(section.copy()), again, rtol=1e-4)
 
 
 def test_panels_without_a_common_gene_are_said(adata):

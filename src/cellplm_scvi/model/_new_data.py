@@ -8,6 +8,7 @@ from typing import Any
 from anndata import AnnData
 from mudata import MuData
 from scvi.data import AnnDataManager
+from scvi.model.base import BaseModelClass
 
 from cellplm_scvi import _constants as c
 from cellplm_scvi._compat import SCVI_UUID_KEY, AnnOrMuData, check_view, copy_if_view
@@ -20,6 +21,16 @@ class NewDataMixin:
 
     #: whether the model's AnnData is the first one that a method was given, after it was loaded without
     _adopted = False
+
+    @property
+    def adata(self) -> Any:
+        """Data attached to the model, an AnnData or a MuData, or ``None``."""
+        return super().adata  # type: ignore[misc]
+
+    @adata.setter
+    def adata(self, adata: AnnOrMuData) -> None:
+        BaseModelClass.adata.fset(self, adata)
+        self._adopted = False
 
     def _validate_anndata(self, adata: AnnOrMuData | None = None, copy_if_view: bool = True) -> AnnOrMuData:
         if adata is None and self.adata_manager is None:  # type: ignore[attr-defined]
@@ -97,4 +108,3 @@ class NewDataMixin:
         """Make data the model's own, by its own registry."""
         self._register_data(adata, self.registry_)  # type: ignore[attr-defined]
         self.adata = adata
-        self._adopted = False
