@@ -57,8 +57,8 @@ class CellPLMAnnotator(CellPLM):
     """
 
     _module_cls = AnnotatorModule
-    #: what cross-validation found: the choices that are averaged, and held-out macro-F1 of all; ``None`` before, and of
-    #: weights from :meth:`from_pretrained`
+    #: What cross-validation found, as the choices that are averaged and held-out macro-F1 of all; ``None`` before it, and for
+    #: weights from :meth:`from_pretrained`.
     selection_: dict[str, Any] | None = None
 
     @property
