@@ -14,6 +14,7 @@ import scvi
 from anndata import AnnData
 
 from cellplm_scvi import CellPLM
+from cellplm_scvi.data._table import CellTable
 
 SETUP = CellPLM.setup_anndata
 
@@ -479,3 +480,18 @@ def test_counts_in_the_byte_order_of_another_machine(tissues, build, train):
     tissues.X = tissues.X.toarray().astype(np.dtype(np.float32).newbyteorder())
     scvi.settings.seed = 0
     np.testing.assert_array_equal(train(build(tissues)).get_latent_representation(), expected)
+
+
+def test_nullable_coordinates_are_numbers(make_tissues):
+    adata = make_tissues(spatial=True)
+    values = np.asarray(adata.obsm["spatial"], dtype=float).copy()
+    values[3] = np.nan
+    adata.obsm["spatial"] = values
+    nullable = adata.copy()
+    nullable.obsm["spatial"] = pd.DataFrame(values, index=adata.obs_names, columns=["x", "y"]).astype("Float64")
+    found = []
+    for data in (adata, nullable):
+        CellPLM.setup_anndata(data, spatial_key="spatial")
+        manager = CellPLM(data, n_hidden=16, n_layers=1).adata_manager
+        found.append(CellTable.from_manager(manager).coordinates)
+    np.testing.assert_array_equal(found[0], found[1])

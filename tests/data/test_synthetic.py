@@ -222,3 +222,20 @@ def test_true_shares_are_of_all_genes():
         true_shares(adata[:, :5].copy())
     with pytest.raises(ValueError, match="these are not"):
         true_shares(AnnData(np.ones((3, 4))))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"perturbed_share": -0.5},
+        {"perturbed_share": 1.5},
+        {"mean_counts": -1},
+        {"mean_counts": float("nan")},
+        {"inverse_dispersion": 0},
+        {"type_effect": -1},
+        {"regulator_activity": -1},
+    ],
+)
+def test_numbers_that_cannot_be(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
+        synthetic_tissues(50, 20, 1, **wrong)

@@ -175,7 +175,10 @@ def check_library_size(library_size: float | str) -> None:
 
 
 def dense(values: Any) -> np.ndarray:
-    """An array, DataFrame or sparse matrix as an array."""
+    """An array, DataFrame or sparse matrix as an array; missing values of nullable numbers are NaN."""
+    if isinstance(values, pd.DataFrame) and all(map(pd.api.types.is_numeric_dtype, values.dtypes)):
+        nullable = any(isinstance(dtype, pd.api.extensions.ExtensionDtype) for dtype in values.dtypes)
+        return values.to_numpy(np.float64, na_value=np.nan) if nullable else values.to_numpy()
     return values.toarray() if sp.issparse(values) else np.asarray(values)
 
 

@@ -126,6 +126,16 @@ def synthetic_tissues(
     check_sizes(n_cells=n_cells, n_genes=n_genes, n_samples=n_samples)
     check_sizes(n_types=n_types, n_niches=n_niches, n_batches=n_batches)
     _check(n_cells, n_genes, n_samples, n_dissociated, n_panel_genes, n_perturbations, n_pairs, rare_share)
+    if not 0 <= perturbed_share < 1:
+        raise ValueError(f"perturbed_share={perturbed_share} is not a share: it is at least 0 and below 1.")
+    scales = {"type_effect": type_effect, "niche_effect": niche_effect, "batch_effect": batch_effect}
+    scales |= {"platform_effect": platform_effect, "regulator_activity": regulator_activity}
+    for name, value in scales.items():
+        if not 0 <= value < np.inf:
+            raise ValueError(f"{name}={value} is a standard deviation: it is not negative.")
+    for name, value in {"mean_counts": mean_counts, "inverse_dispersion": inverse_dispersion}.items():
+        if not 0 < value < np.inf:
+            raise ValueError(f"{name}={value} must be a positive number.")
     genes = pd.Index(_gene_names(n_genes, gene_names, rng))
     obs, obsm, dissociated = _cells(n_cells, n_samples, n_types, n_niches, n_batches, n_dissociated, rare_share, rng)
     regulation, effects, names = _perturbations(n_genes, n_perturbations, n_pairs, perturbation_effect, genes, rng)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -93,8 +94,8 @@ class ImputationMixin:
         ValueError
             If ``gene_list`` names a gene that the model does not know, or the weight is not within 0 and 1.
         """
-        if not 0 <= regression_weight <= 1:
-            raise ValueError(f"regression_weight={regression_weight} must be from 0 to 1.")
+        if not isinstance(regression_weight, Real) or not 0 <= regression_weight <= 1:
+            raise ValueError(f"regression_weight={regression_weight!r} must be from 0 to 1.")
         check_sizes(n_samples=n_samples)
         check_library_size(library_size)
         self._check_if_trained(warn=False)  # type: ignore[attr-defined]
