@@ -8,7 +8,7 @@ import tempfile
 import types
 import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from cellplm_scvi.pretrained._config import read_config
 from cellplm_scvi.train import CellPLMTrainingPlan
 
 Work = Callable[[], object]
+#: of Lightning, by torch's name of a device
+ACCELERATORS = {"cpu": "cpu", "cuda": "gpu"}
 
 #: what the published 85M configuration says, but for its list of genes
 PUBLISHED: dict[str, Any] = {
@@ -84,7 +86,15 @@ def published_package(folder: Path) -> bool:
     return True
 
 
-def our_step(entries: dict[str, Any], n_cells: int, density: float, *, bf16: bool = False, **plan_kwargs: bool) -> Work:
+def our_step(
+    entries: dict[str, Any],
+    n_cells: int,
+    density: float,
+    *,
+    bf16: bool = False,
+    device: str = "cpu",
+    **plan_kwargs: bool,
+) -> Work:
     """Loss, backward pass and optimiser step of the published network in our package.
 
     ``bf16`` is what ``train(precision="bf16-mixed")`` does.
@@ -93,7 +103,7 @@ def our_step(entries: dict[str, Any], n_cells: int, density: float, *, bf16: boo
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "speed.config.json"
         path.write_text(json.dumps(entries))
-        module = PublishedModule(read_config(path).config).train()
+        module = PublishedModule(read_config(path).config).train().to(device)
     plan = CellPLMTrainingPlan(module, lr=entries["lr"], **plan_kwargs)
     optimizer = plan._optimizer_creator_fn(torch.optim.AdamW)(plan.parameter_groups())
     tensors = {
@@ -105,25 +115,26 @@ def our_step(entries: dict[str, Any], n_cells: int, density: float, *, bf16: boo
         "batch": torch.full((n_cells,), 3),
         "dataset": torch.full((n_cells,), 3),
     }
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
 
     def step() -> object:
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
             loss = module(tensors)[2].loss
         loss.backward()
         optimizer.step()
-        return loss.detach()
+        return loss.item()  # which waits for a GPU to be done
 
     return step
 
 
-def published_step(entries: dict[str, Any], n_cells: int, density: float) -> Work:
+def published_step(entries: dict[str, Any], n_cells: int, density: float, device: str = "cpu") -> Work:
     """The same with the published code: its forward pass in training mode, with its loss."""
     from CellPLM.model.cellformer import OmicsFormer
     from CellPLM.utils.data import XDict, sparse_scipy_to_tensor
 
-    x = sparse_scipy_to_tensor(counts(n_cells, entries["out_dim"], density))
-    model = OmicsFormer(**entries).train()
+    x = sparse_scipy_to_tensor(counts(n_cells, entries["out_dim"], density)).to(device)
+    model = OmicsFormer(**entries).train().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=entries["lr"], weight_decay=entries["wd"])
     cells = {
         "coord": torch.full((n_cells, 2), -1.0),
@@ -131,13 +142,14 @@ def published_step(entries: dict[str, Any], n_cells: int, density: float) -> Wor
         "dataset": torch.full((n_cells,), 3),
         "gene_mask": torch.ones(entries["out_dim"], dtype=torch.bool),
     }
+    cells = {name: tensor.to(device) for name, tensor in cells.items()}
 
     def step() -> object:
         optimizer.zero_grad()
         loss = model(XDict({"x_seq": x, **cells}))[1]
         loss.backward()
         optimizer.step()
-        return loss.detach()
+        return loss.item()
 
     return step
 
@@ -159,20 +171,25 @@ def embedding_data(entries: dict[str, Any], n_cells: int, density: float) -> ad.
     return adata
 
 
-def our_embedding(entries: dict[str, Any], folder: Path, n_cells: int, density: float) -> Work:
+def our_embedding(
+    entries: dict[str, Any], folder: Path, n_cells: int, density: float, *, bf16: bool = False, device: str = "cpu"
+) -> Work:
     """Embedding as a user asks for it, of a model that is loaded."""
     adata = embedding_data(entries, n_cells, density)
-    model = CellPLM.from_pretrained(folder / checkpoint(entries, folder), adata, accelerator="cpu", sample_key="batch")
-    return model.get_latent_representation
+    prefix = folder / checkpoint(entries, folder)
+    model = CellPLM.from_pretrained(prefix, adata, accelerator=ACCELERATORS[device], sample_key="batch")
+    return partial(model.get_latent_representation, **({"precision": "bf16-mixed"} if bf16 else {}))
 
 
-def published_embedding(entries: dict[str, Any], folder: Path, n_cells: int, density: float) -> Work:
+def published_embedding(
+    entries: dict[str, Any], folder: Path, n_cells: int, density: float, device: str = "cpu"
+) -> Work:
     """The same through the published pipeline."""
     from CellPLM.pipeline.cell_embedding import CellEmbeddingPipeline
 
     adata = embedding_data(entries, n_cells, density)
     pipeline = CellEmbeddingPipeline(checkpoint(entries, folder), str(folder))
-    return lambda: pipeline.predict(adata)
+    return lambda: pipeline.predict(adata, device=device)
 
 
 def our_epoch() -> Work:
@@ -180,6 +197,24 @@ def our_epoch() -> Work:
     adata = synthetic(12_000, 1_300, 0.1, n_samples=8)
     CellPLM.setup_anndata(adata, batch_key="batch")
     return lambda: CellPLM(adata).train(max_epochs=1, accelerator="cpu", enable_progress_bar=False)
+
+
+def network_epoch(device: str) -> Work:
+    """An epoch of 20,000 cells x 2,000 genes, 512 units, with bfloat16 products."""
+    adata = synthetic(20_000, 2_000, 0.1, n_samples=8)
+    CellPLM.setup_anndata(adata, batch_key="batch")
+    model = CellPLM(adata, n_hidden=512, n_layers=4)
+    options: dict[str, Any] = {"accelerator": ACCELERATORS[device], "precision": "bf16-mixed", "batch_size": 1024}
+    return lambda: model.train(1, enable_progress_bar=False, **options)
+
+
+def loader_epoch() -> Work:
+    """The minibatches of :func:`network_epoch` alone."""
+    adata = synthetic(20_000, 2_000, 0.1, n_samples=8)
+    CellPLM.setup_anndata(adata, batch_key="batch")
+    splitter = CellPLM(adata, n_hidden=512, n_layers=4)._splitter(None, None, True, 1024, None)
+    splitter.setup("fit")
+    return lambda: sum(1 for _ in splitter.train_dataloader())
 
 
 def scvi_epoch() -> Work:

@@ -34,6 +34,8 @@ from _speed_sides import (
     configuration,
     counts,
     growth_embedding,
+    loader_epoch,
+    network_epoch,
     our_embedding,
     our_epoch,
     our_step,
@@ -58,10 +60,16 @@ ROWS: dict[str, tuple[str, str, str]] = {
     "growth one sample": ("time a cell, 5,000 / 100,000 cells, one sample", ">= 0.87", ""),
     "growth many samples": ("time a cell, 5,000 / 100,000 cells, samples of 1,000", ">= 0.87", ""),
     "growth spatial": ("time a cell, 5,000 / 100,000 cells, sections of 1,000", ">= 0.87", ""),
+    "gpu-step-85m": ("training step on a GPU, 85M, 2,000 cells, ours in bfloat16, theirs in float32", ">= 8", ""),
+    "gpu-embed-85m": ("embedding on a GPU, 85M, 8,000 cells, ours in bfloat16, theirs in float32", ">= 8", ""),
+    "gpu-loader": ("minibatches of an epoch on a GPU alone, against the epoch", ">= 1", ""),
     "roofline": ("floating-point work of each part of the step-85m, and the rate of the machine", "", ""),
     "profile": ("profile of our training step, printed only", "", ""),
 }
 NEEDS_PUBLISHED = ("step-85m", "kept-85m", "bf16-85m", "step-256", "bf16-256", "embed-85m")
+NEEDS_PUBLISHED += ("gpu-step-85m", "gpu-embed-85m")
+#: where the rows "gpu-" run
+GPU = "cuda"
 WITH_MEMORY = ("step-85m", "kept-85m", "bf16-85m", "embed-85m")
 BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 #: vector instructions, and whether bfloat16 is multiplied by them or emulated
@@ -80,6 +88,20 @@ def sides(row: str, config: Path | None, folder: Path) -> dict[str, Callable[[],
                 "ours": partial(our_step, *arguments, **VARIANTS[variant]),
                 "peer": partial(published_step, *arguments),
             }
+        case "gpu-step-85m":
+            arguments = (large, 2000, DENSITY)
+            return {
+                "ours": partial(our_step, *arguments, bf16=True, device=GPU),
+                "peer": partial(published_step, *arguments, device=GPU),
+            }
+        case "gpu-embed-85m":
+            arguments = (large, folder, 8000, DENSITY)
+            return {
+                "ours": partial(our_embedding, *arguments, bf16=True, device=GPU),
+                "peer": partial(published_embedding, *arguments, device=GPU),
+            }
+        case "gpu-loader":
+            return {"ours": loader_epoch, "peer": partial(network_epoch, GPU)}
         case "compile-256":
             return {
                 "ours": partial(our_step, small, 2000, DENSITY),
@@ -148,16 +170,31 @@ def measure(row: str, args: argparse.Namespace) -> Row:
         "target": ROWS[row][1],
         "seconds": seconds,
     }
+    if row == "gpu-step-85m":
+        flop = sum(gflop(args.config, 2000).values()) * 1e9
+        result |= {"flop_per_s": flop / medians["ours"]["wall"], "matmul_flop_per_s": product_rate(GPU)}
+        result["utilisation"] = result["flop_per_s"] / result["matmul_flop_per_s"]
     if row in WITH_MEMORY:
         ours, peer = (peak_of(row, side, args) for side in ("ours", "peer"))
         result |= {"ours_mb": ours, "peer_mb": peer, "ratio_memory": peer / ours, "target_memory": ROWS[row][2]}
     return result
 
 
-def roofline(config: Path | None) -> Row:
-    """Multiplications and additions of the parts of a training step (three times the forward pass), in GFLOP."""
+def product_rate(device: str, size: int = 8192) -> float:
+    """Operations a second of a large product in bfloat16, the card's limit in practice."""
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    seconds = []
+    for _ in range(10):
+        start = time.perf_counter()
+        torch.mm(a, a)[0, 0].item()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(seconds)
+
+
+def gflop(config: Path | None, n: int = 1000) -> dict[str, float]:
+    """Multiplications and additions of the parts of a training step of ``n`` cells (three times the forward pass)."""
     c = configuration(config)
-    n, d, z, g = 1000, c["enc_hid"], c["post_latent_dim"], c["out_dim"]
+    d, z, g = c["enc_hid"], c["post_latent_dim"], c["out_dim"]
     x = counts(n, g, DENSITY)
     mixture = (d + c["num_clusters"]) * 512 + 512 * 2 * z  # in training, of the component that is drawn
     macs = {
@@ -168,6 +205,12 @@ def roofline(config: Path | None) -> Row:
         "decoder": n * (z * c["dec_hid"] + c["dec_hid"] * 128),
         "last layer and likelihood": n * 128 * g,
     }
+    return {part: 6 * count / 1e9 for part, count in macs.items()}
+
+
+def roofline(config: Path | None) -> Row:
+    """Operations of each part of a training step, and the rate of products, in GFLOP."""
+    n, d = 1000, configuration(config)["enc_hid"]
     a, b = torch.randn(n, d), torch.randn(d, 2 * d)
     speeds = []
     for _ in range(10):
@@ -177,7 +220,7 @@ def roofline(config: Path | None) -> Row:
     flop = 2 * n * d * 2 * d / 1e9
     return {
         "row": "roofline",
-        "gflop": {part: 6 * count / 1e9 for part, count in macs.items()},
+        "gflop": gflop(config),
         "gemm_gflop_per_s": flop / statistics.median(wall for wall, _ in speeds),
         "gemm_gflop_per_cpu_s": flop / statistics.median(cpu for _, cpu in speeds),
     }
@@ -214,6 +257,13 @@ def table_of(results: list[Row]) -> str:
             [f"{r['ours_mb']:,.0f} MB", f"{r['peer_mb']:,.0f} MB", f"{r['ratio_memory']:.2f}"] if memory else [""] * 3
         )
         lines.append("| " + " | ".join(cells) + " |")
+    if "utilisation" in newest.get("gpu-step-85m", {}):
+        r = newest["gpu-step-85m"]
+        lines += [
+            "",
+            f"Training step on the GPU: {r['flop_per_s'] / 1e12:.0f} TFLOP/s, {r['utilisation']:.0%} of a large ",
+        ]
+        lines[-1] += f"product's {r['matmul_flop_per_s'] / 1e12:.0f}."
     if "roofline" in newest:
         r = newest["roofline"]
         lines += ["", "| part of a training step | GFLOP |", "|---|---|"]
@@ -260,11 +310,16 @@ def main() -> None:
         if row.startswith("bf16") and not BFLOAT16:
             print(f"{row}: skipped, this processor has no instructions for bfloat16.", file=sys.stderr)
             continue
+        if row.startswith("gpu") and GPU == "cuda" and not torch.cuda.is_available():
+            print(f"{row}: skipped, there is no GPU.", file=sys.stderr)
+            continue
         if row == "profile":
             print_profile(args.config)
             continue
         result = roofline(args.config) if row == "roofline" else measure(row, args)
-        file.append(result | common | {"load": os.getloadavg()[0]})
+        if row.startswith("gpu") and torch.cuda.is_available():
+            result["processor"] = torch.cuda.get_device_name()
+        file.append(common | result | {"load": os.getloadavg()[0]})
         print(json.dumps({key: value for key, value in result.items() if key != "seconds"}), flush=True)
     print(table(file.rows()))
 
