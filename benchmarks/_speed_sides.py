@@ -199,20 +199,23 @@ def our_epoch() -> Work:
     return lambda: CellPLM(adata).train(max_epochs=1, accelerator="cpu", enable_progress_bar=False)
 
 
-def network_epoch(device: str) -> Work:
-    """An epoch of 20,000 cells x 2,000 genes, 512 units, with bfloat16 products."""
+def wide_model() -> CellPLM:
+    """A model of 512 units for 20,000 cells x 2,000 genes; one batch, so that a training ends with its last step."""
     adata = synthetic(20_000, 2_000, 0.1, n_samples=8)
-    CellPLM.setup_anndata(adata, batch_key="batch")
-    model = CellPLM(adata, n_hidden=512, n_layers=4)
+    CellPLM.setup_anndata(adata, sample_key="batch")
+    return CellPLM(adata, n_hidden=512, n_layers=4)
+
+
+def network_epoch(device: str) -> Work:
+    """An epoch of :func:`wide_model`, with bfloat16 products."""
+    model = wide_model()
     options: dict[str, Any] = {"accelerator": ACCELERATORS[device], "precision": "bf16-mixed", "batch_size": 1024}
     return lambda: model.train(1, enable_progress_bar=False, **options)
 
 
 def loader_epoch() -> Work:
     """The minibatches of :func:`network_epoch` alone."""
-    adata = synthetic(20_000, 2_000, 0.1, n_samples=8)
-    CellPLM.setup_anndata(adata, batch_key="batch")
-    splitter = CellPLM(adata, n_hidden=512, n_layers=4)._splitter(None, None, True, 1024, None)
+    splitter = wide_model()._splitter(None, None, True, 1024, None)
     splitter.setup("fit")
     return lambda: sum(1 for _ in splitter.train_dataloader())
 

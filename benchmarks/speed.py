@@ -68,8 +68,8 @@ ROWS: dict[str, tuple[str, str, str]] = {
 }
 NEEDS_PUBLISHED = ("step-85m", "kept-85m", "bf16-85m", "step-256", "bf16-256", "embed-85m")
 NEEDS_PUBLISHED += ("gpu-step-85m", "gpu-embed-85m")
-#: where the rows "gpu-" run
-GPU = "cuda"
+#: where the rows "gpu-" run, and cells of their training step
+GPU, GPU_CELLS = "cuda", 2000
 WITH_MEMORY = ("step-85m", "kept-85m", "bf16-85m", "embed-85m")
 BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 #: vector instructions, and whether bfloat16 is multiplied by them or emulated
@@ -89,7 +89,7 @@ def sides(row: str, config: Path | None, folder: Path) -> dict[str, Callable[[],
                 "peer": partial(published_step, *arguments),
             }
         case "gpu-step-85m":
-            arguments = (large, 2000, DENSITY)
+            arguments = (large, GPU_CELLS, DENSITY)
             return {
                 "ours": partial(our_step, *arguments, bf16=True, device=GPU),
                 "peer": partial(published_step, *arguments, device=GPU),
@@ -171,7 +171,7 @@ def measure(row: str, args: argparse.Namespace) -> Row:
         "seconds": seconds,
     }
     if row == "gpu-step-85m":
-        flop = sum(gflop(args.config, 2000).values()) * 1e9
+        flop = sum(gflop(args.config, GPU_CELLS).values()) * 1e9
         result |= {"flop_per_s": flop / medians["ours"]["wall"], "matmul_flop_per_s": product_rate(GPU)}
         result["utilisation"] = result["flop_per_s"] / result["matmul_flop_per_s"]
     if row in WITH_MEMORY:
@@ -259,11 +259,8 @@ def table_of(results: list[Row]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     if "utilisation" in newest.get("gpu-step-85m", {}):
         r = newest["gpu-step-85m"]
-        lines += [
-            "",
-            f"Training step on the GPU: {r['flop_per_s'] / 1e12:.0f} TFLOP/s, {r['utilisation']:.0%} of a large ",
-        ]
-        lines[-1] += f"product's {r['matmul_flop_per_s'] / 1e12:.0f}."
+        rate, limit = (f"{r[name] / 1e12:.0f}" for name in ("flop_per_s", "matmul_flop_per_s"))
+        lines += ["", f"Training step on the GPU: {rate} TFLOP/s, {r['utilisation']:.0%} of a large product's {limit}."]
     if "roofline" in newest:
         r = newest["roofline"]
         lines += ["", "| part of a training step | GFLOP |", "|---|---|"]
@@ -310,14 +307,14 @@ def main() -> None:
         if row.startswith("bf16") and not BFLOAT16:
             print(f"{row}: skipped, this processor has no instructions for bfloat16.", file=sys.stderr)
             continue
-        if row.startswith("gpu") and GPU == "cuda" and not torch.cuda.is_available():
+        if row.startswith("gpu") and not torch.cuda.is_available():
             print(f"{row}: skipped, there is no GPU.", file=sys.stderr)
             continue
         if row == "profile":
             print_profile(args.config)
             continue
         result = roofline(args.config) if row == "roofline" else measure(row, args)
-        if row.startswith("gpu") and torch.cuda.is_available():
+        if row.startswith("gpu"):
             result["processor"] = torch.cuda.get_device_name()
         file.append(common | result | {"load": os.getloadavg()[0]})
         print(json.dumps({key: value for key, value in result.items() if key != "seconds"}), flush=True)

@@ -488,6 +488,8 @@ def test_the_own_library_of_a_perturbed_cell(model, adata):
     np.testing.assert_allclose(counts, shares.mul(library, axis=0), rtol=1e-4)
 
 
-def test_a_learning_rate_that_diverges(adata):
+def test_learning_rates_that_teach_nothing(adata):
     with pytest.raises(ValueError, match="lr=0 must be a positive number"):
         fit(adata.copy(), lr=0)
+    with pytest.raises(RuntimeError, match=r"diverged with lr=1e\+30"):
+        fit(adata.copy(), lr=1e30)

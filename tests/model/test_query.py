@@ -339,3 +339,11 @@ def test_imputation_takes_names_of_the_data_that_mean_genes_of_the_model(of_ids)
     assert list(by_symbol) == ["CD4", "VIM"]
     ids = of_ids.adata.var_names[[MOUSE.index("Cd4"), MOUSE.index("Vim")]]
     np.testing.assert_array_equal(by_symbol, model.get_imputed_expression(gene_list=list(ids)))
+
+
+def test_frozen_parts_are_not_warned_of(query, train):
+    """Lightning takes parts in evaluation mode for a mistake."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        train(query)
+    assert not [warning for warning in said if "in eval mode" in str(warning.message)]

@@ -104,7 +104,7 @@ def _check_not_joined(named: Mapping[str, AnnData], label: str) -> None:
         if MEASURED_GENES not in adata.varm:
             continue
         table = pd.DataFrame(adata.varm[MEASURED_GENES])
-        columns = [obs for key in (label, "dataset") if key in adata.obs for obs in [adata.obs[key].astype(str)]]
+        columns = [adata.obs[key].astype(str) for key in (label, "dataset") if key in adata.obs]
         held = next((obs.unique() for obs in columns if obs.isin(table.columns.astype(str)).all()), table.columns)
         lacking = [str(one) for one in table.columns if str(one) in set(map(str, held)) and not table[one].all()]
         if lacking:

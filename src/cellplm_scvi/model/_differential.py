@@ -18,6 +18,7 @@ from cellplm_scvi._compat import AnnOrMuData, compare_groups
 from cellplm_scvi.data._checks import CHUNK_ROWS, columns_of, counted, some, warn
 
 from ._embedding import fixed_draws
+from ._pretrained import check_words
 
 if TYPE_CHECKING:
     from scvi.data import AnnDataManager
@@ -78,8 +79,7 @@ class DifferentialMixin:
         """
         if not batch_correction and (batchid1 is not None or batchid2 is not None):
             raise ValueError("batchid1 and batchid2 are batches to decode in, which batch_correction=True does.")
-        if mode not in (modes := get_args(DifferentialMode)):
-            raise ValueError(f'mode="{mode}" is not {" or ".join(f'"{word}"' for word in modes)}.')
+        check_words(mode=(mode, get_args(DifferentialMode)))
         batches1, batches2 = ([one] if isinstance(one, str) else one for one in (batchid1, batchid2))
         adata = self._validate_anndata(adata)  # type: ignore[attr-defined]
         manager = self.get_anndata_manager(adata, required=True)  # type: ignore[attr-defined]

@@ -161,7 +161,7 @@ class PerturbationMixin(PerturbationTrainingMixin):
 
     def _resolve(self, perturbation: str) -> tuple[list[int], list[int]]:
         """Indices of the elements that training had, and codes of the others."""
-        if not isinstance(perturbation, str | Number) or perturbation != perturbation:
+        if not isinstance(perturbation, str | Number) or pd.isna(perturbation):
             raise TypeError(
                 f"perturbation={perturbation!r} is not the name of one; get_perturbation_effect takes a list of names."
             )

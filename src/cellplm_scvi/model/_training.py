@@ -141,13 +141,14 @@ class TrainingMixin:
                 f'precision="{precision}" is not available: weights and sums over counts are in single precision. Use '
                 '"32-true", "bf16-mixed" or "16-mixed".'
             )
-        n_val = data.n_val if isinstance(data, SampleSplitter) else None
-        n_val = data.val_samples.size if isinstance(data, CorpusDataModule) else n_val
+        n_val, how = None, ""
+        if isinstance(data, SampleSplitter):
+            n_val, how = data.n_val, 'a train_size below 1, and with split_by="samples" several samples'
+        elif isinstance(data, CorpusDataModule):
+            n_val, how = data.val_samples.size, "CorpusDataModule(..., validation=0.02)"
         if n_val == 0:
             asked = {"early_stopping": early_stopping, **{name: trainer_kwargs.get(name) for name in VALIDATING}}
             if watching := [name for name, value in asked.items() if value]:
-                how = 'a train_size below 1, and with split_by="samples" several samples'
-                how = "CorpusDataModule(..., validation=0.02)" if isinstance(data, CorpusDataModule) else how
                 raise ValueError(f"{' and '.join(watching)} asked for validation cells; there are none. Use {how}.")
         if self.adata is not None and (new := unknown_categories(self)):  # type: ignore[attr-defined, arg-type]
             warn(
