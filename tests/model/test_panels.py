@@ -320,3 +320,14 @@ def test_mudata_annotator(multimodal_model, tmp_path):
     np.testing.assert_array_equal(loaded.predict(), soft.columns[soft.to_numpy().argmax(1)])
     loaded.train(fine_tune=True, max_epochs=1, accelerator="cpu", enable_progress_bar=False)
     assert set(loaded.predict()) <= set(types.dropna())
+
+
+def test_labels_beside_the_counts_of_a_mudata(multimodal):
+    """They need not be named when the MuData is set up."""
+    del multimodal.obs["cell_type"]
+    CellPLM.setup_mudata(multimodal, **KEYS, modalities=MODALITIES)
+    model = CellPLM(multimodal, **TINY)
+    model.train(2, accelerator="cpu", enable_progress_bar=False)
+    annotator = CellPLMAnnotator.from_cellplm(model, "cell_type")
+    annotator.train()
+    assert (annotator.predict() == multimodal["rna"].obs["cell_type"].to_numpy()).mean() > 0.8
